@@ -1,0 +1,407 @@
+"""Typed settings: load, stack, override, validate, dump. Strict: an unknown key or a wrong type names the nearest key and the type.
+
+The values live in configs/default.yaml, with a comment above every field; the classes below say what types they have. A run's settings are
+default.yaml <- configs/tasks/<task>.yaml <- --config files <- dotted overrides, later ones winning. YAML is data only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the field, what was got and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    env: str
+    family: str | None
+    max_episode_steps: int
+
+
+@dataclass(frozen=True)
+class Data:
+    source: str
+    transitions: int
+    max_transitions: int | None
+    cache: str | None
+
+
+@dataclass(frozen=True)
+class Policy:
+    horizon: int
+    n_action_steps: int
+    width: int
+    blocks: int
+    denoising_steps: int
+    sampling_steps: int
+    parametrization: Literal["eps", "sample"]
+    batch_size: int
+    lr: float
+    lr_final: float
+    ema: float
+    updates_per_update: int
+
+
+@dataclass(frozen=True)
+class WorldModel:
+    latent: int
+    width: int
+    simnorm_group: int
+    batch_size: int
+    horizon: int
+    lr: float
+    lr_final: float
+    encoder_lr_scale: float
+    rho: float
+    consistency: float
+    reward: float
+    termination: float
+    obs_std_floor: float
+    grad_clip: float
+
+
+@dataclass(frozen=True)
+class Critic:
+    width: int
+    members: int
+    head: Literal["regression", "two_hot"]
+    bins: int
+    bound: float
+    gamma: float
+    tau: float
+    expectile: float
+    n_step: int
+    pretrain_n_step: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Planner:
+    horizon: int
+    n_action_steps: int
+    proposals: int
+    gaussian: int
+    elites: int
+    iterations: int
+    temperature: float
+    proposal_steps: int
+    std_min: float
+    explore: bool
+    max_rows: int
+    max_wait_ms: float
+    weights_every_s: float
+
+
+@dataclass(frozen=True)
+class Guard:
+    std_max: float
+    std_max_final: float
+    trust: float
+    trust_final: float
+    widen_steps: int
+    value_penalty: float
+    value_reduce: Literal["mean", "min"]
+    min_gain: float
+
+
+@dataclass(frozen=True)
+class Distill:
+    rule: Literal["all", "predicted", "realised", "exponential"]
+    target: Literal["executed", "planned"]
+    min_gain: float
+    beta: float
+    online_share_start: float
+    online_share_end: float
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    updates: int
+    policy_updates: int
+
+
+@dataclass(frozen=True)
+class Online:
+    env_steps: int
+    updates_per_step: float
+    online_share_start: float
+    online_share_end: float
+    min_online: int
+    lr_scale: float
+
+
+@dataclass(frozen=True)
+class Rollout:
+    num_workers: int
+    envs_per_worker: int
+    segment_length: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    capacity: int
+    samples_per_insert_slack: float
+    prefetch: int
+
+
+@dataclass(frozen=True)
+class Eval:
+    episodes: int
+    every_steps: int
+    every_episodes: int
+    seed: int
+    bootstrap: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    device: str
+    planner_gpus: float
+    learner_gpus: float
+    planner_cpus: float
+    learner_cpus: float
+    rollout_cpus: float
+    ray_address: str
+    torch_threads: int
+    call_timeout_s: float
+
+
+@dataclass(frozen=True)
+class Log:
+    every_s: float
+    checkpoint_every_s: float
+    keep_checkpoints: int
+    tensorboard: bool
+    wandb: Literal["disabled", "offline", "online"]
+    wandb_project: str
+    video: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    task: Task
+    run_dir: str | None
+    seed: int
+    serial: bool
+    data: Data
+    policy: Policy
+    world_model: WorldModel
+    critic: Critic
+    planner: Planner
+    guard: Guard
+    distill: Distill
+    pretrain: Pretrain
+    online: Online
+    rollout: Rollout
+    replay: Replay
+    eval: Eval
+    resources: Resources
+    log: Log
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def dump(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def hash(self) -> str:
+        """Identity of the settings that decide results (not where they run or are written)."""
+        kept = {k: v for k, v in self.to_dict().items() if k not in ("run_dir", "resources", "log", "serial")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+    def replace(self, dotted: dict[str, Any]) -> Config:
+        """A copy with dotted keys set, e.g. ``cfg.replace({"planner.horizon": 3})``; checked as strictly as a file."""
+        tree = self.to_dict()
+        for key, value in dotted.items():
+            set_dotted(tree, key, value)
+        return build(tree)
+
+
+def config_dir() -> Path:
+    """The folder of shipped configurations: inside an installed package, or beside the package in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / "default.yaml").is_file():
+            return folder
+    raise ConfigError(f"configs/default.yaml was found neither in {here} nor in {here.parent}; reinstall modip_ray")
+
+
+def task_names() -> list[str]:
+    return sorted(p.stem for p in (config_dir() / "tasks").glob("*.yaml"))
+
+
+def load(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Settings from the defaults, an optional YAML file and dotted overrides such as ``planner.horizon=4`` or ``task=hopper-medium``."""
+    tree = read_yaml(config_dir() / "default.yaml")
+    layers: list[tuple[str, Any]] = []
+    file_tree = read_yaml(find_config(config)) if config is not None else {}
+    task = file_tree.pop("task", None) if isinstance(file_tree.get("task"), str) else None
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"override {item!r} is not of the form key=value, e.g. planner.horizon=4")
+        if key == "task":
+            task = text
+            file_tree.pop("task", None)                     # the command line wins over the file, also where the file spells the group out
+        else:
+            layers.append((key, parse_scalar(text)))
+    merge(tree, task_tree(task) if task is not None else {}, "task file")
+    merge(tree, file_tree, str(config))
+    for key, value in layers:
+        set_dotted(tree, key, value)
+    return build(tree)
+
+
+def parse_scalar(text: str) -> Any:
+    """A YAML scalar; unlike YAML 1.1, 1e-4 is a number too."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"cannot read the value {text!r}: {e}") from e
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def find_config(name: str | Path) -> Path:
+    """A path as given, or the name of a file under configs/."""
+    for path in (Path(name), config_dir() / name, config_dir() / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise ConfigError(f"no configuration {str(name)!r}: not a file, and {config_dir()} holds {', '.join(sorted(p.stem for p in config_dir().glob('*.yaml')))}")
+
+
+def task_tree(name: str) -> dict[str, Any]:
+    path = config_dir() / "tasks" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"unknown task {name!r}{nearest(name, task_names())}; known tasks: {', '.join(task_names())}")
+    return read_yaml(path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as YAML data: {e}") from e
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
+    return tree
+
+
+def nearest(key: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def merge(tree: dict[str, Any], layer: dict[str, Any], source: str, prefix: str = "") -> None:
+    """Stack `layer` on `tree` in place; keys that the tree lacks are errors."""
+    for key, value in layer.items():
+        if key not in tree:
+            raise ConfigError(f"{source}: unknown setting {prefix}{key!r}{nearest(str(key), list(tree))} (allowed here: {', '.join(tree)})")
+        if isinstance(tree[key], dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {prefix}{key} is a group of settings ({', '.join(tree[key])}), got {value!r}")
+            merge(tree[key], value, source, f"{prefix}{key}.")
+        else:
+            tree[key] = value
+
+
+def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    layer: Any = value
+    for part in reversed(dotted.split(".")):
+        layer = {part: layer}
+    merge(tree, layer, "override")
+
+
+def build(tree: dict[str, Any]) -> Config:
+    """Check types and ranges, and freeze."""
+    cfg = typed(Config, tree, "")
+    validate(cfg)
+    return cfg
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """`value` as `kind`, or ConfigError. An int is accepted for a float; nothing else is converted."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where or 'config'}: expected a group of settings, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        names = [f.name for f in dataclasses.fields(kind)]
+        unknown, missing = [k for k in value if k not in names], [n for n in names if n not in value]
+        if unknown:
+            raise ConfigError(f"unknown setting {where}{unknown[0]!r}{nearest(str(unknown[0]), names)}")
+        if missing:
+            raise ConfigError(f"missing setting {where}{missing[0]!r}")
+        return kind(**{n: typed(hints[n], value[n], f"{where}{n}." if dataclasses.is_dataclass(hints[n]) else f"{where}{n}") for n in names})
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where}: got {value!r}, allowed: {', '.join(map(str, args))}{nearest(str(value), [str(a) for a in args])}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return typed(next(a for a in args if a is not type(None)), value, where)
+    ok = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not ok or (kind is float and not math.isfinite(value)):
+        raise ConfigError(f"{where}: expected {'a finite ' if ok else ''}{kind.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def validate(cfg: Config) -> None:
+    """Ranges and relations between fields; raises ConfigError before anything is started."""
+    def need(ok: bool, field: str, got: Any, rule: str) -> None:
+        if not ok:
+            raise ConfigError(f"{field}: got {got!r}, {rule}")
+
+    for section, body in cfg.to_dict().items():
+        for name, value in (body.items() if isinstance(body, dict) else []):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                need(value >= 0 or name == "min_gain", f"{section}.{name}", value, "must not be negative")
+    positive = ["policy.horizon", "policy.n_action_steps", "policy.width", "policy.denoising_steps", "policy.sampling_steps", "policy.batch_size", "policy.lr",
+                "world_model.latent", "world_model.width", "world_model.batch_size", "world_model.horizon", "world_model.lr", "world_model.obs_std_floor", "world_model.simnorm_group",
+                "critic.members", "critic.n_step", "critic.pretrain_n_step", "critic.width", "critic.bound", "planner.horizon", "planner.n_action_steps", "planner.proposals", "planner.elites",
+                "planner.std_min", "planner.max_rows", "rollout.num_workers", "rollout.envs_per_worker", "rollout.segment_length", "replay.capacity", "replay.prefetch",
+                "eval.episodes", "eval.every_episodes", "task.max_episode_steps", "data.transitions", "resources.torch_threads", "resources.call_timeout_s", "log.every_s", "distill.beta",
+                "log.keep_checkpoints", "eval.bootstrap"]
+    tree = cfg.to_dict()
+    for dotted in positive:
+        section, name = dotted.split(".")
+        need(tree[section][name] > 0, dotted, tree[section][name], "must be positive")
+    need(0 <= cfg.seed < 2**63, "seed", cfg.seed, "must lie in 0..2**63-1")
+    p = cfg.planner
+    need(p.horizon <= cfg.policy.horizon, "planner.horizon", p.horizon, f"must not exceed policy.horizon={cfg.policy.horizon}: the policy proposes the sequences")
+    need(p.n_action_steps <= p.horizon, "planner.n_action_steps", p.n_action_steps, f"must not exceed planner.horizon={p.horizon}")
+    need(cfg.policy.n_action_steps <= cfg.policy.horizon, "policy.n_action_steps", cfg.policy.n_action_steps, f"must not exceed policy.horizon={cfg.policy.horizon}")
+    need(cfg.policy.sampling_steps <= cfg.policy.denoising_steps, "policy.sampling_steps", cfg.policy.sampling_steps, f"must not exceed policy.denoising_steps={cfg.policy.denoising_steps}")
+    need(1 <= p.proposal_steps <= cfg.policy.denoising_steps, "planner.proposal_steps", p.proposal_steps, f"must lie in 1..policy.denoising_steps={cfg.policy.denoising_steps}")
+    need(p.elites <= p.proposals + p.gaussian + 1, "planner.elites", p.elites, "must not exceed the number of candidates (proposals + gaussian + 1)")
+    need(cfg.world_model.latent % cfg.world_model.simnorm_group == 0, "world_model.latent", cfg.world_model.latent, f"must be a multiple of world_model.simnorm_group={cfg.world_model.simnorm_group}")
+    need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
+    for name, value in (("critic.gamma", cfg.critic.gamma), ("critic.tau", cfg.critic.tau), ("critic.expectile", cfg.critic.expectile), ("policy.ema", cfg.policy.ema),
+                        ("online.online_share_start", cfg.online.online_share_start), ("online.online_share_end", cfg.online.online_share_end),
+                        ("distill.online_share_start", cfg.distill.online_share_start), ("distill.online_share_end", cfg.distill.online_share_end)):
+        need(0 <= value <= 1, name, value, "must lie in 0..1")
+    need(cfg.guard.std_max >= p.std_min, "guard.std_max", cfg.guard.std_max, f"must be at least planner.std_min={p.std_min}")

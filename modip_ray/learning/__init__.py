@@ -1,0 +1,1 @@
+"""What improves it: replay, rate limiter, update step, distillation rule, checkpoints."""

@@ -1,0 +1,128 @@
+"""The update step: world model, critic and policy from replay batches. Plain object, no Ray.
+
+Symbols: B rows, H horizon, E critic members, Do / Da / Dz sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modip_ray.config import Config
+from modip_ray.learning.distill import imitation_weights
+from modip_ray.model.agent import Agent
+from modip_ray.model.critic import td_target
+from modip_ray.model.networks import ema_update
+
+Metrics = dict[str, Tensor]
+
+
+def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    return {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
+
+
+class Learner:
+    """Owns the agent's trainable weights, the raw (not averaged) policy, the target critic and the optimisers.
+
+    The world model with the critic, and the policy, share no gradient: `update_model` and `update_policy` may run in either order.
+    """
+
+    def __init__(self, cfg: Config, agent: Agent, seed: int = 0):
+        self.cfg, self.agent = cfg, agent
+        self.device = agent.normalizer.obs_mean.device
+        self.policy = copy.deepcopy(agent.policy)                                   # trained; agent.policy is its running average
+        self.target_critic = copy.deepcopy(agent.critic).requires_grad_(False)
+        self.rng = torch.Generator(self.device).manual_seed(seed)
+        self.updates, self.policy_updates = 0, 0
+        w = cfg.world_model
+        encoder = list(agent.world_model.encoder.parameters())
+        rest = [p for p in agent.world_model.parameters() if not any(p is e for e in encoder)] + list(agent.critic.parameters())
+        self.model_params = encoder + rest
+        self.model_opt = torch.optim.Adam([{"params": encoder, "scale": w.encoder_lr_scale}, {"params": rest, "scale": 1.0}], lr=w.lr, fused=True)
+        self.policy_opt = torch.optim.Adam([{"params": list(self.policy.parameters()), "scale": 1.0}], lr=cfg.policy.lr, fused=True)
+
+    def set_lr(self, progress: float, online: bool) -> None:
+        """Cosine from lr to lr_final over the offline phase (progress 0..1); constant lr * online.lr_scale online."""
+        for opt, section in ((self.model_opt, self.cfg.world_model), (self.policy_opt, self.cfg.policy)):
+            cosine = section.lr_final + (section.lr - section.lr_final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+            for group in opt.param_groups:
+                group["lr"] = group["scale"] * (section.lr * self.cfg.online.lr_scale if online else cosine)
+
+    def update_model(self, batch: Mapping[str, np.ndarray]) -> Metrics:
+        """One step of world model and critic on a batch of `ReplayBuffer.sequences`."""
+        cfg, model, critic = self.cfg, self.agent.world_model, self.agent.critic
+        b = to_tensors(batch, self.device)
+        norm = self.agent.normalizer
+        obs = norm.obs(b["obs"])                                                    # (B, H+1, Do)
+        actions = norm.action(b["action"])                                          # (B, H, Da)
+        horizon = actions.shape[1]
+        with torch.no_grad():
+            z_true = model.encode(obs[:, 1:])                                       # (B, H, Dz) consistency targets
+            z_boot = model.encode(norm.obs(b["bootstrap_obs"]))                     # (B, H+1, Dz)
+            y = td_target(b["n_step_return"], b["discount"], self.target_critic(z_boot).mean(0))      # (B, H+1)
+        latents, rewards, terminations = model.rollout(model.encode(obs[:, 0]), actions)
+        mask, count = b["mask"], b["mask"].sum().clamp(min=1)                       # (B, H)
+        rho = cfg.world_model.rho ** torch.arange(horizon + 1, device=self.device)  # (H+1,)
+        rho_mask, value_mask = mask * rho[:-1], b["value_mask"] * rho
+        # latents are simplices (SimNorm): summed over Dz a squared error lies in 0..2 per group, whatever Dz is
+        consistency = ((latents[:, 1:] - z_true).square().sum(-1) * rho_mask).sum() / rho_mask.sum().clamp(min=1)
+        reward = ((rewards - b["reward"] / model.reward_scale).square() * rho_mask).sum() / rho_mask.sum().clamp(min=1)
+        ended = b["terminated"].float()
+        termination = (nn.functional.binary_cross_entropy_with_logits(terminations, ended, reduction="none") * mask).sum() / count
+        value = (critic.loss(latents, y).mean(0) * value_mask).sum() / value_mask.sum().clamp(min=1)
+        w = cfg.world_model
+        loss = w.consistency * consistency + w.reward * reward + w.termination * model.terminates * termination + cfg.critic.weight * value
+        self.model_opt.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.model_params, w.grad_clip)
+        self.model_opt.step()
+        ema_update(self.target_critic, critic, cfg.critic.tau)
+        self.updates += 1
+        return {"loss/consistency": consistency.detach(), "loss/reward": reward.detach(), "loss/termination": termination.detach(),
+                "loss/value": value.detach(), "model/grad_norm": grad_norm.detach(), "value/target_mean": y.mean(), "value/target_std": y.std()}
+
+    def update_policy(self, batch: Mapping[str, np.ndarray], distil: bool) -> Metrics:
+        """One denoising step on a batch of `ReplayBuffer.chunks`; `distil` applies the imitation rule, else plain behaviour cloning."""
+        b = to_tensors(batch, self.device)
+        obs, chunk = self.agent.normalizer.obs(b["obs"]), self.agent.normalizer.action(b["chunk"])    # (B, Do), (B, H, Da)
+        weight = self.weights(b, obs) if distil else torch.ones(len(obs), device=self.device)         # (B,)
+        t = torch.randint(self.policy.denoising_steps, (len(obs),), generator=self.rng, device=self.device)
+        noise = torch.randn(chunk.shape, generator=self.rng, device=self.device)
+        loss = self.policy.loss(obs, chunk, weight, b["mask"], t, noise)
+        self.policy_opt.zero_grad()
+        loss.backward()
+        self.policy_opt.step()
+        self.policy_updates += 1
+        ema_update(self.agent.policy, self.policy, 1 - self.ema_decay())
+        return {"loss/policy": loss.detach(), "distill/share": (weight > 0).float().mean()}
+
+    def ema_decay(self) -> float:
+        """Warm-up as in Diffusion Policy: early steps average over fewer updates, so the start point is forgotten."""
+        return min(self.cfg.policy.ema, (1 + self.policy_updates) / (10 + self.policy_updates))
+
+    @torch.no_grad()
+    def weights(self, b: Mapping[str, Tensor], obs: Tensor) -> Tensor:
+        """The imitation rule's row weights (B,)."""
+        model, target = self.agent.world_model, self.target_critic
+        both = model.encode(torch.cat([obs, self.agent.normalizer.obs(b["bootstrap_obs"])]))          # (2B, Dz)
+        v, v_boot = target(both).mean(0).chunk(2)                                   # (B,), (B,)
+        advantage = td_target(b["n_step_return"], b["discount"], v_boot) - v
+        return imitation_weights(self.cfg.distill, b["online"], b["gain"], advantage / advantage.std().clamp(min=1e-6))
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The trained parts by checkpoint name."""
+        return {"agent": self.agent, "policy_raw": self.policy, "target_critic": self.target_critic}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"model_opt": self.model_opt, "policy_opt": self.policy_opt}
+
+
+def mean_metrics(rows: Iterable[Metrics]) -> dict[str, float]:
+    """Means over updates, read from the device once."""
+    rows = list(rows)
+    return {k: float(torch.stack([r[k].float() for r in rows]).mean()) for k in (rows[0] if rows else {})}

@@ -1,0 +1,197 @@
+"""Replay of segments: a preallocated ring of transitions whose sequences never cross a segment's end.
+
+A segment is a run of consecutive transitions of one episode. Every stored transition can start a sequence; a sequence that reaches its
+segment's end is padded and masked. n-step returns come from a discounted suffix sum kept per transition, so any n costs the same.
+Symbols: B rows, H horizon, Do / Da sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from modip_ray.tasks.episode import Episode
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive transitions of one episode, with what was planned at each step."""
+
+    observations: np.ndarray   # (T+1, Do) the last row is the true observation after the last action
+    actions: np.ndarray        # (T, Da) environment units
+    rewards: np.ndarray        # (T,)
+    terminated: bool           # the last step ended the episode for real; False: time limit, or the episode goes on in a later segment
+    plans: np.ndarray | None = None   # (T, H, Da) planned sequences
+    gains: np.ndarray | None = None   # (T,) predicted gain of each plan over the policy's own proposals (NaN where the policy acted)
+    id: str = ""               # worker/incarnation/number: a segment sent twice is stored once
+
+    @staticmethod
+    def from_episode(episode: Episode) -> Segment:
+        return Segment(episode.observations, episode.actions, episode.rewards, episode.terminated)
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+
+def discounted_suffix(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """G (T+1,) float64 with G_t = r_t + gamma * G_{t+1} and G_T = 0."""
+    out = np.zeros(len(rewards) + 1)
+    for t in range(len(rewards) - 1, -1, -1):
+        out[t] = rewards[t] + gamma * out[t + 1]
+    return out
+
+
+class ReplayBuffer:
+    """A ring over `capacity` transitions. Not thread-safe: its owner calls it from one place."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, gamma: float, plan_horizon: int = 0):
+        self.capacity, self.gamma, self.plan_horizon = capacity, gamma, plan_horizon
+        self.size, self.head, self.total = 0, 0, 0
+        self.arrays: Batch = {
+            "obs": np.zeros((capacity, obs_dim), np.float32),
+            "next_obs": np.zeros((capacity, obs_dim), np.float32),
+            "action": np.zeros((capacity, action_dim), np.float32),
+            "reward": np.zeros(capacity, np.float32),
+            "suffix": np.zeros(capacity, np.float64),          # discounted return to the segment's end
+            "remaining": np.zeros(capacity, np.int32),         # transitions from here to the segment's end, this one included
+            "terminated": np.zeros(capacity, bool),            # the *segment* ends in a real termination
+            "gain": np.full(capacity, np.nan, np.float32),
+        }
+        if plan_horizon:
+            self.arrays["plan"] = np.zeros((capacity, plan_horizon, action_dim), np.float32)
+
+    def add(self, segment: Segment) -> None:
+        """Append; the oldest transitions make room. ValueError on wrong shapes, non-finite numbers or a segment longer than the ring."""
+        self.check(segment)
+        n = len(segment)
+        at = (self.head + np.arange(n)) % self.capacity
+        a = self.arrays
+        a["obs"][at], a["next_obs"][at] = segment.observations[:-1], segment.observations[1:]
+        a["action"][at], a["reward"][at] = segment.actions, segment.rewards
+        a["suffix"][at] = discounted_suffix(segment.rewards, self.gamma)[:-1]
+        a["remaining"][at] = np.arange(n, 0, -1)
+        a["terminated"][at] = segment.terminated
+        a["gain"][at] = np.nan if segment.gains is None else segment.gains
+        if self.plan_horizon:
+            a["plan"][at] = 0 if segment.plans is None else segment.plans
+        self.head = (self.head + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
+        self.total += n
+
+    def check(self, segment: Segment) -> None:
+        n, (obs_dim, action_dim) = len(segment), (self.arrays["obs"].shape[1], self.arrays["action"].shape[1])
+        expected = {"observations": (n + 1, obs_dim), "actions": (n, action_dim), "rewards": (n,)}
+        if self.plan_horizon and segment.plans is not None:
+            expected["plans"] = (n, self.plan_horizon, action_dim)
+        for name, shape in expected.items():
+            value = getattr(segment, name)
+            if value.shape != shape:
+                raise ValueError(f"segment {segment.id!r}: {name} has shape {value.shape}, expected {shape}")
+            if not np.isfinite(value).all():
+                raise ValueError(f"segment {segment.id!r}: {name} holds a non-finite number at index {np.argwhere(~np.isfinite(value))[0].tolist()}")
+        if not 0 < n <= self.capacity:
+            raise ValueError(f"segment {segment.id!r}: {n} transitions, expected 1..{self.capacity} (replay.capacity)")
+
+    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """n start positions, uniform over the stored transitions."""
+        if not self.size:
+            raise ValueError("replay is empty: add a segment before sampling")
+        return rng.integers(0, self.size, n) if self.size < self.capacity else rng.integers(0, self.capacity, n)
+
+    def sequences(self, start: np.ndarray, horizon: int, n_step: int) -> Batch:
+        """Sequences for the world model and the critic, from start positions (B,).
+
+        obs (B, H+1, Do): s_t .. s_{t+H}; action (B, H, Da); reward (B, H); terminated (B, H) bool: step ended the episode;
+        mask (B, H): the step exists; value_mask (B, H+1): s_{t+k} starts a stored step; n_step_return (B, H+1) = sum_{j<n} gamma^j r_{t+k+j};
+        discount (B, H+1) = gamma^n, 0 after a termination; bootstrap_obs (B, H+1, Do) = s_{t+k+n}. n is cut at the segment's end.
+        """
+        a, k = self.arrays, np.arange(horizon + 1)
+        remaining = a["remaining"][start].astype(np.int64)                          # (B,)
+        step = np.minimum(k, remaining[:, None] - 1)                                # (B, H+1) offsets that stay inside the segment
+        at = (start[:, None] + step) % self.capacity
+        exists = k < remaining[:, None]                                             # (B, H+1)
+        n = np.minimum(n_step, remaining[:, None] - step)                           # (B, H+1) steps really summed
+        last = (at + n - 1) % self.capacity
+        inside = (remaining[:, None] - step) > n                                    # the segment goes on behind the n steps
+        after = (last + 1) % self.capacity
+        gamma_n = self.gamma ** n
+        n_step_return = a["suffix"][at] - gamma_n * np.where(inside, a["suffix"][after], 0.0)
+        ended = ~inside & a["terminated"][at]
+        obs = a["obs"][at]
+        past_end = k == remaining[:, None]                                          # the true observation behind the segment's last action
+        obs[past_end] = a["next_obs"][at[past_end]]
+        terminated = a["terminated"][at] & (k + 1 == remaining[:, None])
+        return {"obs": obs, "action": a["action"][at[:, :horizon]], "reward": a["reward"][at[:, :horizon]], "terminated": terminated[:, :horizon],
+                "mask": exists[:, :horizon].astype(np.float32), "value_mask": exists.astype(np.float32),
+                "n_step_return": n_step_return.astype(np.float32), "discount": np.where(ended, 0.0, gamma_n).astype(np.float32),
+                "bootstrap_obs": a["next_obs"][last]}
+
+    def chunks(self, start: np.ndarray, horizon: int, n_step: int, planned: bool) -> Batch:
+        """Targets of the denoising loss, from start positions (B,).
+
+        obs (B, Do); chunk (B, H, Da): the executed actions, or the stored plan where one exists and `planned`; mask (B, H); gain (B,);
+        n_step_return, discount (B,), bootstrap_obs (B, Do): what the realised-advantage rule needs.
+        """
+        seq = self.sequences(start, horizon, n_step)
+        chunk, mask, gain = seq["action"], seq["mask"], self.arrays["gain"][start]
+        if planned and self.plan_horizon:
+            own = np.flatnonzero(~np.isnan(gain))
+            h = min(horizon, self.plan_horizon)
+            chunk[own, :h], mask[own] = self.arrays["plan"][start[own], :h], (np.arange(horizon) < h).astype(np.float32)
+        return {"obs": seq["obs"][:, 0], "chunk": chunk, "mask": mask, "gain": gain, "n_step_return": seq["n_step_return"][:, 0],
+                "discount": seq["discount"][:, 0], "bootstrap_obs": seq["bootstrap_obs"][:, 0]}
+
+    def state(self) -> Batch:
+        """Contents as arrays, oldest numbers included, for a checkpoint."""
+        return {**{k: v[: self.size] for k, v in self.arrays.items()}, "cursor": np.array([self.size, self.head, self.total], np.int64)}
+
+    def load_state(self, state: Batch) -> None:
+        """Inverse of `state`; ValueError when it does not fit this buffer."""
+        size, head, total = (int(x) for x in state["cursor"])
+        missing = sorted(set(self.arrays) - set(state))
+        if size > self.capacity or missing:
+            raise ValueError(f"replay checkpoint does not fit: {size} transitions for a capacity of {self.capacity}, missing arrays: {missing or 'none'}")
+        wrong = [f"{k} {state[k].shape}, expected {(size, *v.shape[1:])}" for k, v in self.arrays.items() if state[k].shape != (size, *v.shape[1:])]
+        if wrong:
+            raise ValueError(f"replay checkpoint does not fit: {'; '.join(wrong)}")
+        shift = head if size < self.capacity else 0             # a full ring restored into a larger one: unroll it, oldest first
+        for k, v in self.arrays.items():
+            v[:size] = np.roll(state[k], -shift, 0)
+        self.size, self.head, self.total = size, size if size < self.capacity else head, total
+
+
+class MixedReplay:
+    """Offline data (fixed) beside online data (ring), with a share of each in every batch."""
+
+    def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, seed: int, planned: bool):
+        self.offline, self.online, self.planned = offline, online, planned
+        self.rng = np.random.default_rng(seed)
+        self.seen: set[str] = set()
+
+    def add(self, segment: Segment) -> bool:
+        """Store an online segment; False when its id was stored before."""
+        if segment.id and segment.id in self.seen:
+            return False
+        self.online.add(segment)
+        if segment.id:
+            self.seen.add(segment.id)
+        return True
+
+    def split(self, batch: int, online_share: float) -> tuple[np.ndarray, np.ndarray]:
+        n_online = round(batch * online_share) if self.online.size else 0
+        return self.offline.draw(self.rng, batch - n_online), self.online.draw(self.rng, n_online) if n_online else np.zeros(0, np.int64)
+
+    def sequences(self, batch: int, horizon: int, n_step: int, online_share: float) -> Batch:
+        off, on = self.split(batch, online_share)
+        parts = [self.offline.sequences(off, horizon, n_step)] + ([self.online.sequences(on, horizon, n_step)] if len(on) else [])
+        return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+    def chunks(self, batch: int, horizon: int, n_step: int, online_share: float) -> Batch:
+        off, on = self.split(batch, online_share)
+        parts = [self.offline.chunks(off, horizon, n_step, False)] + ([self.online.chunks(on, horizon, n_step, self.planned)] if len(on) else [])
+        out = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        out["online"] = np.concatenate([np.zeros(len(off), bool), np.ones(len(on), bool)])
+        return out

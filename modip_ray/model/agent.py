@@ -1,0 +1,78 @@
+"""Everything that acts, in one module: normaliser, diffusion policy (EMA), world model, critic; and its flat weight vector."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modip_ray.config import Config
+from modip_ray.model.critic import ValueEnsemble
+from modip_ray.model.diffusion import DiffusionPolicy
+from modip_ray.model.world_model import WorldModel
+
+
+class Normalizer(nn.Module):
+    """Observations to zero mean and unit spread (clipped), actions from the environment's box to [-1, 1]."""
+
+    obs_mean: Tensor
+    obs_std: Tensor
+    action_low: Tensor
+    action_high: Tensor
+
+    def __init__(self, obs_dim: int, action_dim: int, clip: float = 10.0):
+        super().__init__()
+        self.clip = clip
+        for name, value in {"obs_mean": torch.zeros(obs_dim), "obs_std": torch.ones(obs_dim),
+                            "action_low": -torch.ones(action_dim), "action_high": torch.ones(action_dim)}.items():
+            self.register_buffer(name, value)
+
+    def fit(self, observations: np.ndarray, action_low: np.ndarray, action_high: np.ndarray, floor: float) -> None:
+        """From observations (T, Do). `floor`: least std, so that a column that hardly moves in the data is not blown up outside it."""
+        self.obs_mean.copy_(torch.as_tensor(observations.mean(0, dtype=np.float64)))
+        self.obs_std.copy_(torch.as_tensor(np.maximum(observations.std(0, dtype=np.float64), floor)))
+        self.action_low.copy_(torch.as_tensor(action_low))
+        self.action_high.copy_(torch.as_tensor(action_high))
+
+    def obs(self, obs: Tensor) -> Tensor:
+        return ((obs - self.obs_mean) / self.obs_std).clamp(-self.clip, self.clip)
+
+    def action(self, action: Tensor) -> Tensor:
+        return (2 * (action - self.action_low) / (self.action_high - self.action_low) - 1).clamp(-1, 1)
+
+    def raw_action(self, action: Tensor) -> Tensor:
+        return self.action_low + (action + 1) / 2 * (self.action_high - self.action_low)
+
+
+class Agent(nn.Module):
+    """The acting modules. The learner keeps its raw policy and the target critic beside it."""
+
+    def __init__(self, cfg: Config, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+        p, w, c = cfg.policy, cfg.world_model, cfg.critic
+        self.normalizer = Normalizer(obs_dim, action_dim)
+        self.policy = DiffusionPolicy(obs_dim, action_dim, p.horizon, p.denoising_steps, p.width, p.blocks, p.parametrization)   # the EMA weights
+        self.world_model = WorldModel(obs_dim, action_dim, w.latent, w.width, w.simnorm_group)
+        self.critic = ValueEnsemble(w.latent, c.width, c.members, c.head, c.bins, c.bound, c.expectile)
+
+    def flat(self) -> np.ndarray:
+        """All parameters and buffers as one float32 vector: what the learner publishes."""
+        return torch.cat([t.detach().reshape(-1).float() for t in self.state_dict().values()]).cpu().numpy()
+
+    @torch.no_grad()
+    def load_flat(self, vector: np.ndarray) -> None:
+        """Inverse of `flat`, in place. ValueError when the vector's length does not fit this configuration."""
+        state = self.state_dict()
+        size = sum(t.numel() for t in state.values())
+        if vector.shape != (size,):
+            raise ValueError(f"weight vector of shape {vector.shape} does not fit this agent, which holds {size} numbers: same model config on both sides?")
+        source, at = torch.from_numpy(np.array(vector, np.float32)), 0              # a copy of our own: the vector may live in shared memory
+        for t in state.values():
+            t.copy_(source[at:at + t.numel()].view(t.shape))
+            at += t.numel()
+
+    def frozen_copy(self) -> Agent:
+        return copy.deepcopy(self).requires_grad_(False).eval()

@@ -1,0 +1,161 @@
+"""The planner: observations in, action chunks out. Policy proposals -> MPPI in latent space -> terminal V -> guard. Batched rows, no Ray.
+
+Symbols: B rows, P proposals, N candidates, E critic members, H horizon, Do / Da / Dz sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modip_ray.config import Config
+from modip_ray.model.agent import Agent
+from modip_ray.planning.mppi import mppi
+from modip_ray.timing import Timer
+
+Mode = Literal["mpc", "policy"]
+
+
+@dataclass
+class Plan:
+    """What a rollout gets back. Actions in environment units."""
+
+    actions: np.ndarray    # (B, c, Da) to be executed now
+    plans: np.ndarray      # (B, H, Da) the whole planned sequence
+    gains: np.ndarray      # (B,) predicted return of the plan minus that of the policy's own proposals, less the guard's penalty (NaN in policy mode)
+    version: int           # of the weights that planned
+
+
+def widened(start: float, end: float, progress: float) -> float:
+    """Linear from start to end over progress 0..1."""
+    return start + (end - start) * min(max(progress, 0.0), 1.0)
+
+
+class WarmStarts:
+    """Previous plans by slot: a table on the planner's device that grows by doubling. Slots are any hashable ids (worker, incarnation, env)."""
+
+    def __init__(self, horizon: int, action_dim: int, device: torch.device):
+        self.rows: dict[Hashable, int] = {}
+        self.table = torch.zeros(64, horizon, action_dim, device=device)
+
+    def index(self, slots: Sequence[Hashable], reset: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Table rows (B,) of the slots and whether each holds a usable plan (B,)."""
+        known = [s in self.rows and not r for s, r in zip(slots, reset, strict=True)]
+        for s in slots:
+            self.rows.setdefault(s, len(self.rows))
+        while len(self.rows) > len(self.table):
+            self.table = torch.cat([self.table, torch.zeros_like(self.table)])
+        device = self.table.device
+        return torch.tensor([self.rows[s] for s in slots], device=device), torch.tensor(known, device=device)
+
+    @torch.inference_mode()                                                         # a table that grew inside plan() is an inference tensor
+    def forget(self, slots: Sequence[Hashable]) -> None:
+        """Drop slots of a dead worker; their table rows are given to the last ones."""
+        keep = [s for s in self.rows if s not in set(slots)]
+        if keep:
+            self.table[: len(keep)] = self.table[torch.tensor([self.rows[s] for s in keep], device=self.table.device)].clone()
+        self.rows = {s: i for i, s in enumerate(keep)}
+
+
+class Planner:
+    """Owns a frozen copy of the agent. `progress` (0..1 of the online steps) widens the trust region."""
+
+    def __init__(self, cfg: Config, agent: Agent, seed: int = 0, timer: Timer | None = None):
+        self.cfg, self.agent = cfg, agent.frozen_copy()
+        self.device = self.agent.normalizer.obs_mean.device
+        self.rng = torch.Generator(self.device).manual_seed(seed)
+        self.warm = WarmStarts(cfg.planner.horizon, agent.action_dim, self.device)
+        self.version, self.env_steps = 0, 0
+        self.timer = timer or Timer()
+
+    def load(self, version: int, vector: np.ndarray, env_steps: int) -> None:
+        """Swap in newer weights between two plans."""
+        self.agent.load_flat(vector)
+        self.version, self.env_steps = version, env_steps
+
+    def noise(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.rng, device=self.device)
+
+    @torch.inference_mode()
+    def plan(self, obs: np.ndarray, slots: Sequence[Hashable], reset: np.ndarray, mode: Mode = "mpc", explore: bool = False) -> Plan:
+        """obs (B, Do) raw, slots B ids, reset (B,) bool: True where an episode has just begun. ValueError on a wrong or non-finite observation."""
+        if obs.ndim != 2 or obs.shape[1] != self.agent.obs_dim:
+            raise ValueError(f"planner: observations of shape {obs.shape}, expected (rows, {self.agent.obs_dim})")
+        if not np.isfinite(obs).all():
+            row, col = np.argwhere(~np.isfinite(obs))[0]
+            raise ValueError(f"planner: observation of slot {slots[row]} is {obs[row, col]} in column {col}; the environment must return finite numbers")
+        s = self.agent.normalizer.obs(torch.as_tensor(obs, dtype=torch.float32, device=self.device))   # (B, Do)
+        if mode == "policy":
+            return self.policy_plan(s)
+        return self.mpc_plan(s, slots, reset, explore)
+
+    def policy_plan(self, s: Tensor) -> Plan:
+        cfg, policy = self.cfg.policy, self.agent.policy
+        with self.timer("policy/ddim"):
+            chunk = policy.sample(s, self.noise((len(s), 1, policy.horizon, policy.action_dim)), cfg.sampling_steps)[:, 0]   # (B, H, Da)
+        plans = self.agent.normalizer.raw_action(chunk).cpu().numpy()
+        return Plan(plans[:, : cfg.n_action_steps], plans, np.full(len(s), np.nan, np.float32), self.version)
+
+    def mpc_plan(self, s: Tensor, slots: Sequence[Hashable], reset: np.ndarray, explore: bool) -> Plan:
+        p, g, policy = self.cfg.planner, self.cfg.guard, self.agent.policy
+        rows, has_warm = self.warm.index(slots, reset)
+        with self.timer("plan/ddim"):
+            start = self.noise((len(s), p.proposals, policy.horizon, policy.action_dim))
+            proposals = policy.sample(s, start, p.proposal_steps)[:, :, : p.horizon]                   # (B, P, H, Da)
+        with self.timer("plan/mppi"):
+            z = self.agent.world_model.encode(s)                                    # (B, Dz)
+            members = self.returns(z, proposals)                                    # (E, B, P)
+            reference = members.mean(-1)                                            # (E, B) what the policy would get, by each member
+            std_max, trust = self.trust_region()
+            low, high = (proposals.amin(1) - trust).clamp(min=-1), (proposals.amax(1) + trust).clamp(max=1)   # (B, H, Da)
+            result = mppi(lambda a: self.guarded_gain(self.returns(z, a), reference), proposals, self.guarded_gain(members, reference),
+                          self.warm.table[rows], has_warm, low=low, high=high, iterations=p.iterations, n_gaussian=p.gaussian, n_elites=p.elites,
+                          temperature=p.temperature, std_min=p.std_min, std_max=torch.tensor(std_max, device=self.device), noise=self.noise)
+            gain = self.guarded_gain(self.returns(z, result.mean[:, None]), reference)[:, 0]           # (B,)
+        accepted = (gain > g.min_gain) & torch.isfinite(gain)                       # the guard: else act as the policy would
+        plan = torch.where(accepted[:, None, None], result.mean, proposals[:, 0])   # (B, H, Da)
+        c = p.n_action_steps
+        self.warm.table[rows] = torch.cat([plan[:, c:], plan[:, -1:].expand(-1, c, -1)], 1)[:, : p.horizon]
+        act = plan[:, :c]
+        if explore:
+            act = torch.where(accepted[:, None, None], (act + result.std[:, :c] * self.noise(tuple(act.shape))).clamp(-1, 1), act)
+        raw = self.agent.normalizer.raw_action
+        return Plan(raw(act).cpu().numpy(), raw(plan).cpu().numpy(), gain.cpu().numpy(), self.version)
+
+    def trust_region(self) -> tuple[float, float]:
+        """(largest std of Gaussian candidates, how far they may leave the range of the policy's proposals), widening with online data."""
+        g = self.cfg.guard
+        progress = self.env_steps / g.widen_steps if g.widen_steps else 1.0
+        return widened(g.std_max, g.std_max_final, progress), widened(g.trust, g.trust_final, progress)
+
+    def returns(self, z: Tensor, actions: Tensor) -> Tensor:
+        """Predicted return by each critic member: sum_k gamma^k r_k + gamma^H V_e(z_H), cut where the model sees a termination.
+
+        z (B, Dz), actions (B, N, H, Da) -> (E, B, N) in return units.
+        """
+        model, gamma = self.agent.world_model, self.cfg.critic.gamma
+        b, n = actions.shape[:2]
+        z = z.repeat_interleave(n, 0)                                               # (B*N, Dz)
+        total, weight = torch.zeros(b * n, device=z.device), torch.ones(b * n, device=z.device)
+        for a in actions.flatten(0, 1).unbind(1):                                   # (B*N, Da), H times
+            z, reward, termination = model.step(z, a)
+            total = total + weight * reward * model.reward_scale
+            weight = weight * gamma * (1 - model.terminates * termination.sigmoid())
+        return (total + weight * self.agent.critic(z)).view(-1, b, n)
+
+    def guarded_gain(self, members: Tensor, reference: Tensor) -> Tensor:
+        """How much better than the policy's own proposals, less the ensemble's disagreement about *that difference*.
+
+        members (E, B, N), reference (E, B) -> (B, N). An error that all candidates of a root share (each member's own level) cancels
+        in the difference; what is left is what could mislead the choice.
+        """
+        gain = members - reference.unsqueeze(-1)                                    # (E, B, N)
+        if self.cfg.guard.value_reduce == "min":
+            return gain.min(0).values
+        penalty = self.cfg.guard.value_penalty
+        return gain.mean(0) - penalty * gain.std(0) if penalty and len(gain) > 1 else gain.mean(0)

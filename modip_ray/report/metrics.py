@@ -1,0 +1,173 @@
+"""metrics.jsonl: one JSON object a line, appended and flushed row by row, and the sinks that follow it.
+
+Kinds of row: train, eval, data, diagnostics, timing, and resume, which this file writes itself: {"kind": "resume", "phase", "env_steps", "updates"}
+says that a killed run went on from a checkpoint there, so rows before it with larger counters were lost and measured anew (`live_rows` drops them).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modip_ray.report.sinks import WANDB_MODES, TensorBoardSink, WandbSink
+
+FILE_NAME = "metrics.jsonl"
+
+_log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Appends rows to `run_dir`/metrics.jsonl and forwards their numbers to TensorBoard and wandb.
+
+    run_dir: folder of the run, made if absent; TensorBoard's files go to `run_dir`/tensorboard.
+    wandb_mode: 'disabled', 'offline' (no network) or 'online'; config: dict shown by wandb.
+    resumed_at: {"phase", "env_steps", "updates"} of the checkpoint that the run goes on from, None for a fresh start.
+    Raises ValueError for an unknown wandb_mode or a row without 'kind', RuntimeError where tensorboard or wandb is asked for and missing.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        tensorboard: bool = True,
+        wandb_mode: str = "disabled",
+        project: str = "modip-ray",
+        config: Mapping | None = None,
+        resumed_at: Mapping | None = None,
+    ):
+        if wandb_mode not in WANDB_MODES:
+            raise ValueError(f"wandb_mode: got {wandb_mode!r}, expected one of {', '.join(WANDB_MODES)}")
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / FILE_NAME
+        _cut_torn_line(path)
+        earlier = read_metrics(self.run_dir) if path.exists() else []
+        self._wall_before = max((float(row["wall_s"]) for row in earlier if row.get("wall_s") is not None), default=0.0)
+        self._opened = time.monotonic()
+        self._file = path.open("a", encoding="utf-8")
+        self._sinks: list = []
+        if tensorboard:
+            self._sinks.append(TensorBoardSink(self.run_dir / "tensorboard", resumed_at))
+        if wandb_mode != "disabled":
+            self._sinks.append(WandbSink(self.run_dir, wandb_mode, project, config))
+        if resumed_at is not None:
+            self.write({"kind": "resume", **resumed_at})
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds this run has been worked on, earlier processes of the same folder included."""
+        return self._wall_before + time.monotonic() - self._opened
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; `wall_s` is filled in where absent; numpy values become lists and numbers, NaN and infinities null."""
+        if not isinstance(row.get("kind"), str):
+            raise ValueError(f"metrics row: got no 'kind' among the keys {sorted(row)}, expected kind=train|eval|data|diagnostics|timing")
+        plain = {key: to_plain(value, key) for key, value in row.items()}
+        plain.setdefault("wall_s", round(self.wall_s, 3))
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.flush()
+        for sink in self._sinks:
+            sink.write(plain)
+
+    def flush(self) -> None:
+        """Push TensorBoard's buffered events to disk (metrics.jsonl is flushed at every row)."""
+        for sink in self._sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        """Close the file and the sinks; safe to call twice."""
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
+    """All rows of `run_dir`/metrics.jsonl; a torn last line (no newline, not JSON) is left out, any other broken line raises ValueError."""
+    path = Path(run_dir) / FILE_NAME
+    if not path.exists():
+        raise FileNotFoundError(f"no {FILE_NAME} in {run_dir}: expected a run folder as written by 'modip train run_dir=...'")
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row = _parse(line)
+            if row is None and not line.endswith(b"\n"):
+                break
+            if row is None:
+                raise ValueError(f"{path}, line {number}: got {line[:80]!r}, expected one JSON object; mend or delete that line")
+            rows.append(row)
+    return rows
+
+
+def live_rows(rows: list[dict]) -> list[dict]:
+    """Rows without those that a resume made void: a row before it whose (env_steps, updates) lie beyond the checkpoint's."""
+    kept: list[dict] = []
+    for row in rows:
+        if row.get("kind") == "resume":
+            kept = [old for old in kept if _position(old) is None or _position(old) <= _position(row)]
+        else:
+            kept.append(row)
+    return kept
+
+
+def to_plain(value: Any, key: str = "value") -> Any:
+    """Value as JSON knows it; raises TypeError naming `key` for what has no JSON form."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v, f"{key}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(v, key) for v in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors
+        return to_plain(value.tolist(), key)
+    raise TypeError(f"metrics row, {key!r}: got {type(value).__name__}, expected numbers, text, lists, dicts or numpy arrays")
+
+
+def _position(row: Mapping) -> tuple[float, float] | None:
+    if row.get("env_steps") is None and row.get("updates") is None:
+        return None
+    updates = row.get("updates")
+    return float(row.get("env_steps") or 0), float(updates) if updates is not None else -1.0
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Mend the end of a file whose writer was killed: finish a whole last row with its newline, cut half a row off and say so."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end == len(data):
+        return
+    tail = data[end:]
+    with path.open("r+b") as file:
+        if _parse(tail) is not None:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        else:
+            file.truncate(end)
+            _log.warning("%s: cut off a torn last line of %d bytes (the run was stopped while writing it)", path, len(tail))

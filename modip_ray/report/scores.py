@@ -1,0 +1,113 @@
+"""Scores: from a summary or from metrics rows, how they compare with BC, and the final table as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from modip_ray.report.published import NOTE, published_for
+
+ROWS = {"data": "data", "bc": "BC", "policy": "DP-only", "mpc": "MPC"}
+MEANING = {
+    "data": "episodes of the offline dataset",
+    "bc": "the diffusion policy before fine-tuning",
+    "policy": "the diffusion policy acting alone, after fine-tuning",
+    "mpc": "the planner acting, with the diffusion policy's proposals",
+}
+
+
+def number(value: float | None, digits: int | None = None) -> str:
+    """A score for people: 13,775 / 52.3 / 0.941; '-' for None."""
+    if value is None:
+        return "-"
+    if digits is None:
+        digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
+    return f"{value:,.{digits}f}"
+
+
+def interval(ci95: Iterable[float] | None) -> str:
+    """'4,700 .. 4,890', or '-' where there is none."""
+    low, high = ci95 if ci95 is not None else (None, None)
+    return "-" if low is None or high is None else f"{number(low)} .. {number(high)}"
+
+
+def duration(seconds: float | None) -> str:
+    """0:42, 12:07 or 3:05:10."""
+    if seconds is None:
+        return "-"
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def scores_from_rows(rows: Iterable[Mapping]) -> dict[str, dict]:
+    """The latest score of each kind in metrics rows (for a run without a summary): {'data'|'bc'|'policy'|'mpc': row}."""
+    scores: dict[str, dict] = {}
+    for row in rows:
+        name = "data" if row.get("kind") == "data" else row.get("mode") if row.get("kind") == "eval" else None
+        if name in ROWS and row.get("mean") is not None:
+            scores[name] = dict(row)
+    return scores
+
+
+def ratio(scores: Mapping[str, Mapping], name: str) -> float | None:
+    """Mean of `name` over the mean of BC; None where either is absent or BC's mean is not positive (a ratio would mislead)."""
+    mean, base = scores.get(name, {}).get("mean"), scores.get("bc", {}).get("mean")
+    return None if mean is None or base is None or base <= 0 else mean / base
+
+
+def verdict(scores: Mapping[str, Mapping], name: str) -> str:
+    """'above BC, intervals apart', 'below BC, intervals apart', 'intervals overlap', or '' where it cannot be said."""
+    ours, base = scores.get(name, {}).get("ci95"), scores.get("bc", {}).get("ci95")
+    if name in ("bc", "data") or not ours or not base or None in (*ours, *base):
+        return ""
+    if ours[0] > base[1]:
+        return "above BC, intervals apart"
+    return "below BC, intervals apart" if ours[1] < base[0] else "intervals overlap"
+
+
+def score_cells(scores: Mapping[str, Mapping], task: str, env_id: str) -> list[dict[str, str]]:
+    """One dict of display strings per present score, in the order data, BC, DP-only, MPC."""
+    paper = published_for(task, env_id)
+    beside = {"bc": paper.bc, "mpc": paper.modip} if paper else {}
+    cells = []
+    for name, label in ROWS.items():
+        score = scores.get(name)
+        if score is None:
+            continue
+        times = ratio(scores, name)
+        cell = {
+            "name": name,
+            "label": label,
+            "mean": number(score.get("mean")),
+            "ci95": interval(score.get("ci95")),
+            "normalized": number(score.get("normalized")),
+        }
+        cell |= {"ratio": "-" if times is None else f"{times:.2f}", "verdict": verdict(scores, name), "episodes": str(score.get("episodes") or "-")}
+        cells.append({**cell, "paper": beside.get(name, "")})
+    return cells
+
+
+def final_table(summary: Mapping) -> str:
+    """The table printed when a run ends; `summary` as in summary.json, parts of it may be absent."""
+    task, env_id = str(summary.get("task", "")), str(summary.get("env_id", ""))
+    cells = score_cells(summary.get("scores") or {}, task, env_id)
+    if not cells:
+        return f"{env_id or task or 'run'}: no scores yet"
+    paper = published_for(task, env_id)
+    columns = [("label", "", 9), ("mean", "mean", 9), ("ratio", "x BC", 7), ("ci95", "95 % interval", 19)]
+    columns += [("normalized", "normalised", 12), ("episodes", "episodes", 10)]
+    columns += [("paper", "paper", 16)] if paper else []
+    lines = [f"{env_id} ({task}): raw score" if task else f"{env_id}: raw score"]
+    lines.append("".join(f"{title:<{width}}" if key == "label" else f"{title:>{width}}" for key, title, width in columns))
+    for cell in cells:
+        line = "".join(f"{cell[key]:<{width}}" if key == "label" else f"{cell[key]:>{width}}" for key, _, width in columns)
+        lines.append((line + "  " + cell["verdict"]).rstrip())
+    if paper:
+        lines.append("others in the paper: " + ", ".join(f"{method} {score}" for method, score in paper.others))
+        lines.append(NOTE)
+    phases = summary.get("phase_s") or {}
+    spent = [f"{name} {duration(seconds)}" for name, seconds in phases.items()]
+    if spent or summary.get("wall_s") is not None:
+        total = summary.get("wall_s") if summary.get("wall_s") is not None else sum(phases.values())
+        lines.append(f"wall time: {', '.join([*spent, 'total ' + duration(total)])}")
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,287 @@
+"""D4RL's HDF5 layout: observations, actions, rewards, terminals, timeouts and (mostly) next_observations, one row a transition."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from modip_ray.tasks.dataset import DataError, Dataset, describe, statistics
+from modip_ray.tasks.episode import Episode, first_non_finite
+
+__all__ = ["DataError", "Dataset", "describe", "read_d4rl", "read_policy", "statistics", "write_d4rl"]
+
+ACTION_TOLERANCE = 1e-4
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)  # what h5py has been seen to raise on flipped bytes
+
+
+def read_d4rl(path: str | Path, max_transitions: int | None = None, max_episode_steps: int | None = None,
+              action_range: tuple[float, float] | None = (-1.0, 1.0)) -> Dataset:
+    """Episodes of a D4RL file, each with its true last observation; DataError names file, key, index and what was expected.
+
+    max_transitions   : use only the first rows of the file; the episode they cut is kept, as not terminated
+    max_episode_steps : only for files without `timeouts` (D4RL v0): an episode also ends after so many steps
+    action_range      : what actions must lie in (D4RL's all lie in [-1, 1]); None accepts any
+
+    An episode ends at `terminals` OR `timeouts`; rows after the last end are a final episode that was cut. Its last observation is
+    - `next_observations` at its last row, where the file has that key; a row inside an episode whose next_observations is not the
+      following row's observation was the end of an unmarked (cut) episode, and is treated so;
+    - without that key (kitchen): unknown. An episode that did not terminate loses its last transition, whose next observation would be made up.
+      One that terminated keeps it, because its reward and its termination are known and no value is bootstrapped after it; its last
+      observation repeats the one before.
+    What was dropped, cut or filled in is said in `Dataset.notes`.
+    """
+    if max_transitions is not None and max_transitions < 1:
+        raise ValueError(f"max_transitions is {max_transitions}; at least 1 is needed")
+    path = Path(path)
+    with _opened(path) as file:
+        rows = _rows(path, file)
+        used = rows if max_transitions is None else min(rows, max_transitions)
+        observations = _read(path, file, "observations", min(rows, used + 1), 2)     # one more than used: it may be a cut episode's last one
+        actions = _read(path, file, "actions", used, 2)
+        rewards = _read(path, file, "rewards", used, 1)
+        terminals = _read_flags(path, file, "terminals", used)
+        if "timeouts" in file:
+            timeouts = _read_flags(path, file, "timeouts", used)
+        elif max_episode_steps is None:
+            raise DataError(f"{path}: key 'timeouts' is missing (a D4RL v0 file?), so the end of an episode by its time limit cannot be seen; "
+                            f"pass max_episode_steps to cut at. The file has {_names(file)}")
+        else:
+            timeouts = _time_limits(terminals, max_episode_steps)
+        following = _read(path, file, "next_observations", used, 2) if "next_observations" in file else None
+        metadata = _short_metadata(file)
+    if following is not None and following.shape[1] != observations.shape[1]:
+        raise DataError(f"{path}: 'next_observations' has {following.shape[1]} columns, expected {observations.shape[1]} like 'observations'")
+    _check_actions(path, actions, action_range)
+    notes: list[str] = []
+    ends = terminals | timeouts
+    if following is not None:
+        ends = ends | _unmarked_ends(path, observations, following, ends, notes)
+    episodes = _split(observations, actions, rewards, terminals, ends, following, notes)
+    if not episodes:
+        raise DataError(f"{path}: holds no complete transition ({used} rows used); " + "; ".join(notes))
+    return Dataset(episodes, str(path), metadata, tuple(notes))
+
+
+def write_d4rl(path: str | Path, episodes: Sequence[Episode], metadata: Mapping) -> None:
+    """Write D4RL's layout, next_observations included, so that read_d4rl returns the same episodes; `path` appears complete or not at all.
+
+    metadata: nested mapping of text, numbers and arrays, stored under `metadata/` (a behaviour policy under "policy": see read_policy).
+    An episode that did not terminate is marked as timed out.
+    """
+    if len(episodes) == 0:
+        raise DataError(f"{path}: there is no episode to write")
+    for i, episode in enumerate(episodes):
+        episode.validate(f"episode {i}")
+        for key in ("observations", "actions"):
+            got, expected = getattr(episode, key).shape[1], getattr(episodes[0], key).shape[1]
+            if got != expected:
+                raise DataError(f"{path}: episode {i} has {got} columns of {key}, expected {expected} as in episode 0")
+    last = np.cumsum([e.length for e in episodes]) - 1
+    flags = np.zeros((2, last[-1] + 1), bool)
+    for row, episode in zip(last, episodes, strict=True):
+        flags[0 if episode.terminated else 1, row] = True
+    arrays = {
+        "observations": np.concatenate([e.observations[:-1] for e in episodes]), "next_observations": np.concatenate([e.observations[1:] for e in episodes]),
+        "actions": np.concatenate([e.actions for e in episodes]), "rewards": np.concatenate([e.rewards for e in episodes]),
+        "terminals": flags[0], "timeouts": flags[1],
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with h5py.File(temporary, "w") as file:
+            for key, value in arrays.items():
+                file[key] = value
+            _write_tree(path, file.create_group("metadata"), metadata)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_policy(path: str | Path) -> dict[str, np.ndarray | str | float]:
+    """The behaviour policy under `metadata/policy`, flat: {"fc0.weight": (out, in), ..., "nonlinearity": "relu"}."""
+    path = Path(path)
+    with _opened(path) as file:
+        group = file.get("metadata/policy")
+        if not isinstance(group, h5py.Group):
+            raise DataError(f"{path}: key 'metadata/policy' is missing, so the file names no behaviour policy; it has {_names(file)}")
+        found: dict[str, np.ndarray | str | float] = {}
+
+        def keep(name: str, item: h5py.Dataset | h5py.Group) -> None:
+            if isinstance(item, h5py.Dataset):
+                found[name.replace("/", ".")] = _plain(item)
+        group.visititems(keep)
+    return found
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """The file, open for reading; whatever h5py raises on a damaged one, here or later, becomes a DataError."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except DataError:
+        raise
+    except DAMAGE as error:
+        raise DataError(f"{path}: cannot be read as HDF5 ({error}); {path.stat().st_size:,} bytes: is it damaged, was the download cut short?") from error
+
+
+def _names(file: h5py.File) -> str:
+    return ", ".join(sorted(str(name) for name in file)) or "no keys"
+
+
+def _dataset(path: Path, file: h5py.File, key: str, dims: int) -> h5py.Dataset:
+    """The dataset `key`, existing, numeric and of `dims` dimensions."""
+    item = file.get(key)
+    if item is None:
+        raise DataError(f"{path}: key '{key}' is missing; expected a dataset of {dims} dimension(s). The file has {_names(file)}")
+    if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "biuf":
+        raise DataError(f"{path}: key '{key}' must be a dataset of numbers, got {item}")
+    shape = item.shape
+    if dims == 1 and len(shape) == 2 and shape[1] == 1:
+        return item
+    if len(shape) != dims or 0 in shape:
+        raise DataError(f"{path}: key '{key}' has shape {shape}; expected {dims} non-empty dimension(s)")
+    return item
+
+
+def _rows(path: Path, file: h5py.File) -> int:
+    """Number of transitions; DataError when the keys differ in length."""
+    rows = len(_dataset(path, file, "observations", 2))
+    for key, dims in (("actions", 2), ("rewards", 1), ("terminals", 1), ("timeouts", 1), ("next_observations", 2)):
+        if key in file or key in ("actions", "rewards", "terminals"):
+            got = len(_dataset(path, file, key, dims))
+            if got != rows:
+                raise DataError(f"{path}: key '{key}' has {got} rows, expected {rows} like 'observations'")
+    return rows
+
+
+def _raw(path: Path, file: h5py.File, key: str, rows: int, dims: int) -> np.ndarray:
+    item = _dataset(path, file, key, dims)
+    try:
+        value = item[:rows]
+    except DAMAGE as error:
+        raise DataError(f"{path}: key '{key}' cannot be read ({error}); the file is damaged") from error
+    return value.reshape(rows) if dims == 1 else value
+
+
+def _read(path: Path, file: h5py.File, key: str, rows: int, dims: int) -> np.ndarray:
+    """The first `rows` of `key` as float32, all finite."""
+    with np.errstate(over="ignore"):                                                # a float64 beyond float32 becomes inf, and is named below
+        value = _raw(path, file, key, rows, dims).astype(np.float32, copy=False)
+    index = first_non_finite(value)
+    if index is not None:
+        raise DataError(f"{path}: {key}{list(index)} is {value[index]}; expected finite numbers only")
+    return value
+
+
+def _read_flags(path: Path, file: h5py.File, key: str, rows: int) -> np.ndarray:
+    value = _raw(path, file, key, rows, 1)
+    wrong = np.flatnonzero((value != 0) & (value != 1))
+    if len(wrong):
+        raise DataError(f"{path}: {key}[{wrong[0]}] is {value[wrong[0]]}; expected 0 or 1")
+    return value.astype(bool)
+
+
+def _check_actions(path: Path, actions: np.ndarray, action_range: tuple[float, float] | None) -> None:
+    if action_range is None:
+        return
+    low, high = action_range
+    wrong = np.argwhere((actions < low - ACTION_TOLERANCE) | (actions > high + ACTION_TOLERANCE))
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise DataError(f"{path}: actions[{row}, {column}] is {actions[row, column]:g}; expected actions in [{low:g}, {high:g}], "
+                        f"and {len(wrong)} values lie outside (action_range sets another range)")
+
+
+def _time_limits(terminals: np.ndarray, max_episode_steps: int) -> np.ndarray:
+    """Flags (T,) where an episode without a terminal reached `max_episode_steps`."""
+    timeouts, begin = np.zeros(len(terminals), bool), 0
+    for end in [*np.flatnonzero(terminals).tolist(), len(terminals)]:
+        timeouts[begin + max_episode_steps - 1:end:max_episode_steps] = True
+        begin = end + 1
+    return timeouts
+
+
+def _unmarked_ends(path: Path, observations: np.ndarray, following: np.ndarray, ends: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Flags (T,) where next_observations[t] is not observations[t+1] although no end is marked: replay buffers hold such cuts."""
+    joined = len(observations) - 1                                                  # rows whose successor is in the file
+    gap = np.zeros(len(ends), bool)
+    gap[:joined] = ~np.isclose(following[:joined], observations[1:], rtol=1e-4, atol=1e-5).all(1) & ~ends[:joined]
+    rows = np.flatnonzero(gap)
+    if len(rows) > int(ends.sum()) + 1:
+        raise DataError(f"{path}: next_observations[{rows[0]}] is not the observation of the next row although its episode goes on, "
+                        f"and so at {len(rows)} rows; expected the rows of an episode in time order")
+    if len(rows):
+        notes.append(f"{len(rows)} episode(s) end without a mark (next_observations is not the next row's observation, first at row {rows[0]}): kept as cut")
+    return gap
+
+
+def _split(observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminals: np.ndarray, ends: np.ndarray, following: np.ndarray | None,
+           notes: list[str]) -> list[Episode]:
+    """Cut the rows into episodes; see read_d4rl for the last observations."""
+    used = len(rewards)
+    stops = (np.flatnonzero(ends) + 1).tolist()
+    if not stops or stops[-1] < used:
+        stops.append(used)
+        notes.append("the last episode is cut at the end of the rows used")
+    episodes, begin, dropped, repeated = [], 0, 0, 0
+    for stop in stops:
+        terminated, length = bool(terminals[stop - 1]), stop - begin
+        if following is not None:
+            last = following[stop - 1:stop]
+        elif not ends[stop - 1] and stop < len(observations):                       # cut by max_transitions: the next row belongs to the same episode
+            last = observations[stop:stop + 1]
+        elif terminated:
+            last, repeated = observations[stop - 1:stop], repeated + 1
+        else:
+            last, length, dropped = observations[:0], length - 1, dropped + 1
+        if length:
+            rows = slice(begin, begin + length)
+            episodes.append(Episode(np.concatenate([observations[begin:stop], last]), actions[rows].copy(), rewards[rows].copy(), terminated))
+        begin = stop
+    if dropped:
+        notes.append(f"no next_observations: {dropped} last transition(s) of episodes that did not terminate dropped, their next observation is unknown")
+    if repeated:
+        notes.append(f"no next_observations: the last observation of {repeated} terminated episode(s) repeats the one before")
+    return episodes
+
+
+# ---- metadata --------------------------------------------------------------------------------------------------------------------------------
+
+def _plain(item: h5py.Dataset) -> np.ndarray | str | float:
+    value = item[()]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value.item() if np.ndim(value) == 0 and hasattr(value, "item") else value
+
+
+def _short_metadata(file: h5py.File) -> dict:
+    """The scalars directly under `metadata/`."""
+    group = file.get("metadata")
+    items = group.items() if isinstance(group, h5py.Group) else ()
+    return {key: _plain(item) for key, item in items if isinstance(item, h5py.Dataset) and item.shape == ()}
+
+
+def _write_tree(path: Path, group: h5py.Group, tree: Mapping) -> None:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            _write_tree(path, group.create_group(key), value)
+            continue
+        if isinstance(value, str):                                                  # of fixed size, as D4RL has it: HDF5 can hang on damaged variable-size text
+            text = value.encode()
+            value = np.array(text, dtype=f"S{max(1, len(text))}")
+        try:
+            group[key] = value
+        except TypeError as error:
+            raise DataError(f"{path}: {group.name}/{key} is {value!r}; metadata may hold text, numbers, arrays and mappings of them") from error

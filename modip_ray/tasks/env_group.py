@@ -1,0 +1,127 @@
+"""A group of environments stepped together with action chunks: what a rollout worker runs."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from modip_ray.tasks.envs import ActionCheck, EnvError, EnvFactory, env_seed, make_env, make_envs, reset_env, run_chunk
+from modip_ray.tasks.rollout import rollout_episodes
+
+__all__ = ["EnvError", "EnvFactory", "EnvGroup", "FinishedEpisode", "StepResult", "Transitions", "make_env", "rollout_episodes"]
+
+
+class Transitions(NamedTuple):
+    """The k <= chunk steps one env executed in one call, all of one episode. The arrays are views of buffers made for this call."""
+
+    obs: np.ndarray         # (k, Do) float32
+    actions: np.ndarray     # (k, Da) float32, clipped: as executed
+    rewards: np.ndarray     # (k,) float32
+    next_obs: np.ndarray    # (k, Do) float32; its last row is the true last observation when the episode ended
+    terminated: bool        # the last of the k steps was a real termination
+    truncated: bool         # the last of the k steps hit the time limit (never together with terminated)
+
+
+class FinishedEpisode(NamedTuple):
+    env: int
+    ret: float
+    length: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    obs: np.ndarray                 # (n, Do) float32, to act on next: after the auto-reset where an episode ended
+    reset: np.ndarray               # (n,) bool: obs[i] begins a new episode
+    terminated: np.ndarray          # (n,) bool
+    truncated: np.ndarray           # (n,) bool
+    transitions: list[Transitions]  # one an env
+
+    @property
+    def finished(self) -> np.ndarray:
+        """(n,) bool: the episode ended in this call; the same as `reset`."""
+        return self.reset
+
+
+class EnvGroup:
+    """`num_envs` environments stepped one after another; ended episodes are reset at once.
+
+    Env i's episode k is seeded by (seed, i, k). `seed` may be several numbers, e.g. (run seed, worker, incarnation).
+    `env_steps` counts executed actions, not chunks.
+    """
+
+    def __init__(self, env_factory: EnvFactory, num_envs: int, max_episode_steps: int, seed: int | Sequence[int]):
+        if max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps is {max_episode_steps}; at least 1 is needed")
+        self._envs = make_envs(env_factory, num_envs)
+        self._check = ActionCheck(self._envs[0].action_space)
+        self._seed = (seed,) if isinstance(seed, int | np.integer) else tuple(seed)
+        self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
+        self.obs_dim, self.action_dim = self._envs[0].observation_space.shape[0], self._check.dim
+        self.env_steps = 0
+        self._obs: np.ndarray | None = None         # (n, Do)
+        self._episode = [-1] * num_envs             # number of the running episode
+        self._episode_seed = [0] * num_envs
+        self._length = [0] * num_envs
+        self._return = [0.0] * num_envs
+        self._finished: list[FinishedEpisode] = []
+
+    def reset(self) -> np.ndarray:
+        """Begin a new episode in every env; episodes that were running are given up. Returns obs (n, Do) float32."""
+        self._obs = np.stack([self._reset_one(i) for i in range(self.num_envs)])
+        return self._obs.copy()
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Execute a chunk `actions` (n, c, Da) in each env; an env whose episode ends drops the rest of its chunk and is reset.
+
+        Raises EnvError naming the env for a crash, a non-finite observation or reward; ValueError for actions of a wrong shape or with NaN.
+        """
+        if self._obs is None:
+            raise RuntimeError("call reset() before step()")
+        n, actions = self.num_envs, self._check(actions, range(self.num_envs))
+        chunk = actions.shape[1]
+        trail = np.zeros((n, chunk + 1, self.obs_dim), np.float32)      # row 0: where the chunk starts
+        rewards = np.zeros((n, chunk), np.float32)
+        trail[:, 0] = self._obs
+        ends = [run_chunk(env, actions[i], trail[i, 1:], rewards[i], self.max_episode_steps - self._length[i], f"env {i}") for i, env in enumerate(self._envs)]
+        self._require_finite(trail, rewards)
+        executed = actions.astype(np.float32, copy=False)
+        obs = np.empty((n, self.obs_dim), np.float32)
+        transitions = []
+        for i, (k, terminated, truncated) in enumerate(ends):
+            transitions.append(Transitions(trail[i, :k], executed[i, :k], rewards[i, :k], trail[i, 1:k + 1], terminated, truncated))
+            self.env_steps += k
+            self._length[i] += k
+            self._return[i] += sum(rewards[i, :k].tolist())
+            if terminated or truncated:
+                self._finished.append(FinishedEpisode(i, self._return[i], self._length[i], self._episode_seed[i]))
+                obs[i] = self._reset_one(i)
+            else:
+                obs[i] = trail[i, k]
+        self._obs = obs
+        flags = np.array([end[1:] for end in ends], bool)               # (n, 2)
+        return StepResult(obs.copy(), flags.any(1), flags[:, 0], flags[:, 1], transitions)
+
+    def finished_returns(self) -> list[FinishedEpisode]:
+        """(env, return, length, seed) of the episodes that ended since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def close(self) -> None:
+        for env in self._envs:
+            env.close()
+
+    def _reset_one(self, i: int) -> np.ndarray:
+        self._episode[i] += 1
+        self._episode_seed[i] = env_seed(*self._seed, i, self._episode[i])
+        self._length[i], self._return[i] = 0, 0.0
+        return reset_env(self._envs[i], self._episode_seed[i], f"env {i}")
+
+    def _require_finite(self, trail: np.ndarray, rewards: np.ndarray) -> None:
+        for what, array in (("observation", trail[:, 1:]), ("reward", rewards)):
+            finite = np.isfinite(array)
+            if not finite.all():
+                i, k = (int(x) for x in np.argwhere(~finite)[0][:2])
+                raise EnvError(f"env {i}: {what} {array[i, k]} is not finite at step {self._length[i] + k + 1} of the episode seeded {self._episode_seed[i]}")

@@ -1,0 +1,179 @@
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from modip_ray.config import Config, ConfigError, config_dir, load, task_names
+
+DEFAULT = config_dir() / "default.yaml"
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("override, parts", [
+    ("planner.horizn=3", ["planner.", "'horizn'", "did you mean 'horizon'"]),
+    ("planer.horizon=3", ["'planer'", "did you mean 'planner'"]),
+    ("seeed=3", ["'seeed'", "did you mean 'seed'"]),
+    ("planner.horizon.deep=3", ["planner.horizon", "expected int", "{'deep': 3}"]),
+    ("planner=3", ["planner", "group of settings", "got 3"]),
+    ("task=hoper-medium", ["'hoper-medium'", "did you mean 'hopper-medium'", "known tasks"]),
+    ("planner.horizon", ["key=value"]),
+    ("=4", ["key=value"]),
+    ("task.name=[1", ["cannot read the value"]),
+])
+def test_an_unusable_override_says_what_and_names_the_nearest(override, parts):
+    with pytest.raises(ConfigError) as error:
+        load(overrides=[override])
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("override, parts", [
+    ("seed=1.5", ["seed", "expected int", "1.5", "float"]),
+    ("seed=true", ["seed", "expected int", "bool"]),
+    ("policy.lr=fast", ["policy.lr", "expected float", "'fast'"]),
+    ("policy.lr=", ["policy.lr", "expected float", "None"]),
+    ("policy.lr=true", ["policy.lr", "expected float", "bool"]),
+    ("serial=1", ["serial", "expected bool", "1"]),
+    ("task.env=3", ["task.env", "expected str", "int"]),
+    ("critic.head=twohot", ["critic.head", "'twohot'", "regression, two_hot", "did you mean 'two_hot'"]),
+    ("critic.gamma=nan", ["critic.gamma", "finite float", "nan"]),
+    ("planner.max_wait_ms=.inf", ["planner.max_wait_ms", "finite float", "inf"]),
+])
+def test_a_wrong_type_names_field_value_and_type(override, parts):
+    with pytest.raises(ConfigError) as error:
+        load(overrides=[override])
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("overrides, parts", [
+    (["seed=-1"], ["seed", "-1"]),
+    (["policy.width=0"], ["policy.width", "positive"]),
+    (["online.env_steps=-1"], ["online.env_steps", "negative"]),
+    (["critic.gamma=1.01"], ["critic.gamma", "0..1"]),
+    (["online.online_share_end=1.5"], ["online.online_share_end", "0..1"]),
+    (["critic.bins=1"], ["critic.bins", "at least 2"]),
+    (["policy.horizon=4", "planner.horizon=5"], ["planner.horizon", "policy.horizon=4"]),
+    (["planner.horizon=2", "planner.n_action_steps=3"], ["planner.n_action_steps", "planner.horizon=2"]),
+    (["policy.horizon=4", "planner.horizon=4", "policy.n_action_steps=5"], ["policy.n_action_steps", "policy.horizon=4"]),
+    (["policy.denoising_steps=20", "policy.sampling_steps=21"], ["policy.sampling_steps", "20"]),
+    (["policy.denoising_steps=20", "planner.proposal_steps=21"], ["planner.proposal_steps", "1..policy.denoising_steps=20"]),
+    (["planner.proposal_steps=0"], ["planner.proposal_steps", "got 0"]),
+    (["planner.proposals=4", "planner.gaussian=0", "planner.elites=6"], ["planner.elites", "candidates"]),
+    (["world_model.latent=100", "world_model.simnorm_group=8"], ["world_model.latent", "multiple"]),
+    (["planner.std_min=0.5", "guard.std_max=0.1"], ["guard.std_max", "planner.std_min=0.5"]),
+])
+def test_a_bad_range_or_relation_is_refused(overrides, parts):
+    with pytest.raises(ConfigError) as error:
+        load(overrides=overrides)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_numbers_are_read_as_numbers():
+    cfg = load(overrides=["policy.lr=1e-4", "critic.tau=1", "online.env_steps=2e3", "run_dir=null", "distill.min_gain=-0.5"])
+    assert (cfg.policy.lr, cfg.critic.tau, cfg.online.env_steps, cfg.run_dir, cfg.distill.min_gain) == (1e-4, 1.0, 2000, None, -0.5)
+    assert isinstance(cfg.critic.tau, float) and isinstance(cfg.online.env_steps, int)
+
+
+def test_defaults_then_task_then_file_then_overrides(tmp_path):
+    default = load()
+    file = write(tmp_path / "mine.yaml", "task: hopper-medium\nseed: 11\npolicy: {width: 32, blocks: 1}\n")
+    cfg = load(file, ["policy.width=64", "policy.width=48"])
+    assert cfg.task.env == "Hopper-v4" and default.task.env == "HalfCheetah-v4"         # the file's task
+    assert (cfg.seed, cfg.policy.blocks, cfg.policy.width) == (11, 1, 48)               # file, file, last override
+    assert cfg.policy.horizon == default.policy.horizon                                 # untouched
+    task_override = load(file, ["task=walker2d-medium"])
+    assert task_override.task.env == "Walker2d-v4" and task_override.seed == 11
+
+
+def test_the_file_wins_over_the_task_and_a_task_override_over_the_file(tmp_path):
+    file = write(tmp_path / "mine.yaml", "task: {max_episode_steps: 77}\n")
+    assert load(file).task.max_episode_steps == 77
+    dumped = write(tmp_path / "config.yaml", load().dump())                             # spells the whole task group out
+    assert load(dumped, ["task=hopper-medium"]).task.env == "Hopper-v4"
+    assert load(dumped, ["task.max_episode_steps=5"]).task.max_episode_steps == 5
+
+
+@pytest.mark.parametrize("text, part", [
+    ("seed: !!python/object/apply:os.system ['exit 1']", "cannot be read as YAML data"),
+    ("seed: !!python/name:os.system", "cannot be read as YAML data"),
+    ("seed: [", "cannot be read as YAML data"),
+    ("", "expected a mapping"),
+    ("- 1", "expected a mapping"),
+    ("policy: 3", "group of settings"),
+    ("polcy: {width: 3}", "did you mean 'policy'"),
+])
+def test_a_file_that_is_no_settings_is_refused(tmp_path, text, part):
+    file = write(tmp_path / "bad.yaml", text)
+    with pytest.raises(ConfigError, match="bad.yaml") as error:
+        load(file)
+    assert part in str(error.value)
+
+
+def test_python_tags_are_refused_in_overrides_and_missing_files_named():
+    with pytest.raises(ConfigError, match="cannot read the value"):
+        load(overrides=["seed=!!python/object/apply:os.getpid []"])
+    with pytest.raises(ConfigError, match="no configuration 'nowhere.yaml'"):
+        load("nowhere.yaml")
+
+
+def test_replace_is_a_checked_copy():
+    cfg = load()
+    assert cfg.replace({"seed": 5}).seed == 5 and cfg.seed == load().seed
+    with pytest.raises(ConfigError, match="did you mean 'width'"):
+        cfg.replace({"policy.widht": 3})
+    with pytest.raises(ConfigError, match="positive"):
+        cfg.replace({"policy.width": 0})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.policy.width = 3
+
+
+@pytest.mark.parametrize("overrides", [[], ["task=hopper-medium", "policy.lr=1e-5", "run_dir=a b", "data.max_transitions=7"]])
+def test_dump_then_load_is_equal(tmp_path, overrides):
+    cfg = load(overrides=overrides)
+    assert load(write(tmp_path / "config.yaml", cfg.dump())) == cfg
+
+
+def test_hash_follows_what_decides_results_only():
+    cfg = load()
+    same = cfg.replace({"run_dir": "elsewhere", "serial": not cfg.serial, "resources.torch_threads": 3, "log.every_s": 99.0})
+    assert same.hash() == cfg.hash()
+    assert len({cfg.hash(), cfg.replace({"seed": 9}).hash(), cfg.replace({"policy.width": 8}).hash()}) == 3
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_every_task_file_loads(task):
+    cfg = load(overrides=[f"task={task}"])
+    assert cfg.task.name == task
+
+
+def test_task_files_are_there():
+    assert {"halfcheetah-medium", "hopper-medium", "walker2d-medium"} <= set(task_names())
+
+
+def test_default_yaml_holds_every_field_with_a_comment_above():
+    lines = DEFAULT.read_text().splitlines()
+    commented, missing, section = set(), [], None
+    for above, line in zip(["", *lines], lines, strict=False):
+        match = re.match(r"( *)([a-z_]+):(.*)", line)
+        if not match:
+            continue
+        indent, key, rest = match.groups()
+        if not indent and not rest.strip():                         # a group: its fields carry the comments
+            section = key
+            continue
+        name = f"{section}.{key}" if indent else key
+        comment = re.fullmatch(rf"{indent}# *(\S.*)", above)
+        (commented.add(name) if comment else missing.append(name))
+    assert missing == []
+    tree = yaml.safe_load(DEFAULT.read_text())
+    fields = {f"{k}.{n}" for k, v in tree.items() if isinstance(v, dict) for n in v} | {k for k, v in tree.items() if not isinstance(v, dict)}
+    assert commented == fields
+    assert set(tree) == set(SECTIONS)
