@@ -20,9 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the field, what was got and what is allowed."""
+from modip_ray.config_rules import ConfigError, validate
 
 
 @dataclass(frozen=True)
@@ -363,45 +361,11 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     ok = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, str):
+        value = parse_scalar(value)                                                 # YAML 1.1 reads 1e-4 as text
+        ok = isinstance(value, float)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not ok or (kind is float and not math.isfinite(value)):
         raise ConfigError(f"{where}: expected {'a finite ' if ok else ''}{kind.__name__}, got {value!r} ({type(value).__name__})")
     return value
-
-
-def validate(cfg: Config) -> None:
-    """Ranges and relations between fields; raises ConfigError before anything is started."""
-    def need(ok: bool, field: str, got: Any, rule: str) -> None:
-        if not ok:
-            raise ConfigError(f"{field}: got {got!r}, {rule}")
-
-    for section, body in cfg.to_dict().items():
-        for name, value in (body.items() if isinstance(body, dict) else []):
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                need(value >= 0 or name == "min_gain", f"{section}.{name}", value, "must not be negative")
-    positive = ["policy.horizon", "policy.n_action_steps", "policy.width", "policy.denoising_steps", "policy.sampling_steps", "policy.batch_size", "policy.lr",
-                "world_model.latent", "world_model.width", "world_model.batch_size", "world_model.horizon", "world_model.lr", "world_model.obs_std_floor", "world_model.simnorm_group",
-                "critic.members", "critic.n_step", "critic.pretrain_n_step", "critic.width", "critic.bound", "planner.horizon", "planner.n_action_steps", "planner.proposals", "planner.elites",
-                "planner.std_min", "planner.max_rows", "rollout.num_workers", "rollout.envs_per_worker", "rollout.segment_length", "replay.capacity", "replay.prefetch",
-                "eval.episodes", "eval.every_episodes", "task.max_episode_steps", "data.transitions", "resources.torch_threads", "resources.call_timeout_s", "log.every_s", "distill.beta",
-                "log.keep_checkpoints", "eval.bootstrap"]
-    tree = cfg.to_dict()
-    for dotted in positive:
-        section, name = dotted.split(".")
-        need(tree[section][name] > 0, dotted, tree[section][name], "must be positive")
-    need(0 <= cfg.seed < 2**63, "seed", cfg.seed, "must lie in 0..2**63-1")
-    p = cfg.planner
-    need(p.horizon <= cfg.policy.horizon, "planner.horizon", p.horizon, f"must not exceed policy.horizon={cfg.policy.horizon}: the policy proposes the sequences")
-    need(p.n_action_steps <= p.horizon, "planner.n_action_steps", p.n_action_steps, f"must not exceed planner.horizon={p.horizon}")
-    need(cfg.policy.n_action_steps <= cfg.policy.horizon, "policy.n_action_steps", cfg.policy.n_action_steps, f"must not exceed policy.horizon={cfg.policy.horizon}")
-    need(cfg.policy.sampling_steps <= cfg.policy.denoising_steps, "policy.sampling_steps", cfg.policy.sampling_steps, f"must not exceed policy.denoising_steps={cfg.policy.denoising_steps}")
-    need(1 <= p.proposal_steps <= cfg.policy.denoising_steps, "planner.proposal_steps", p.proposal_steps, f"must lie in 1..policy.denoising_steps={cfg.policy.denoising_steps}")
-    need(p.elites <= p.proposals + p.gaussian + 1, "planner.elites", p.elites, "must not exceed the number of candidates (proposals + gaussian + 1)")
-    need(cfg.world_model.latent % cfg.world_model.simnorm_group == 0, "world_model.latent", cfg.world_model.latent, f"must be a multiple of world_model.simnorm_group={cfg.world_model.simnorm_group}")
-    need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
-    for name, value in (("critic.gamma", cfg.critic.gamma), ("critic.tau", cfg.critic.tau), ("critic.expectile", cfg.critic.expectile), ("policy.ema", cfg.policy.ema),
-                        ("online.online_share_start", cfg.online.online_share_start), ("online.online_share_end", cfg.online.online_share_end),
-                        ("distill.online_share_start", cfg.distill.online_share_start), ("distill.online_share_end", cfg.distill.online_share_end)):
-        need(0 <= value <= 1, name, value, "must lie in 0..1")
-    need(cfg.guard.std_max >= p.std_min, "guard.std_max", cfg.guard.std_max, f"must be at least planner.std_min={p.std_min}")

@@ -12,7 +12,7 @@ def imitation_weights(cfg: Distill, online: Tensor, gain: Tensor, advantage: Ten
     """Row weights (B,) >= 0.
 
     online (B,) bool: the row comes from the online phase; gain (B,): the plan's predicted, penalised gain over the policy's own proposals
-    (NaN where the policy acted); advantage (B,): realised n-step return minus V(s), in units of its own spread.
+    (NaN where nothing was planned); advantage (B,): realised n-step return minus V(s), in units of its own spread.
 
     rule "all": every row counts 1. "predicted": online rows count where gain > min_gain. "realised": rows, offline ones too, count where what
     really followed was better than V expected, advantage > min_gain. "exponential": rows count exp(beta * advantage), clipped at 20, mean 1

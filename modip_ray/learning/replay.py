@@ -25,7 +25,7 @@ class Segment:
     rewards: np.ndarray        # (T,)
     terminated: bool           # the last step ended the episode for real; False: time limit, or the episode goes on in a later segment
     plans: np.ndarray | None = None   # (T, H, Da) planned sequences
-    gains: np.ndarray | None = None   # (T,) predicted gain of each plan over the policy's own proposals (NaN where the policy acted)
+    gains: np.ndarray | None = None   # (T,) predicted gain of each plan over the policy's own proposals (NaN where nothing was planned)
     id: str = ""               # worker/incarnation/number: a segment sent twice is stored once
 
     @staticmethod
@@ -86,6 +86,8 @@ class ReplayBuffer:
         expected = {"observations": (n + 1, obs_dim), "actions": (n, action_dim), "rewards": (n,)}
         if self.plan_horizon and segment.plans is not None:
             expected["plans"] = (n, self.plan_horizon, action_dim)
+        if segment.gains is not None and segment.gains.shape != (n,):
+            raise ValueError(f"segment {segment.id!r}: gains has shape {segment.gains.shape}, expected {(n,)}")
         for name, shape in expected.items():
             value = getattr(segment, name)
             if value.shape != shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from modip_ray.config import Config
 from modip_ray.model.critic import ValueEnsemble
 from modip_ray.model.diffusion import DiffusionPolicy
 from modip_ray.model.world_model import WorldModel
+
+Part = Literal["policy", "model"]
 
 
 class Normalizer(nn.Module):
@@ -58,17 +61,24 @@ class Agent(nn.Module):
         self.world_model = WorldModel(obs_dim, action_dim, w.latent, w.width, w.simnorm_group)
         self.critic = ValueEnsemble(w.latent, c.width, c.members, c.head, c.bins, c.bound, c.expectile)
 
-    def flat(self) -> np.ndarray:
-        """All parameters and buffers as one float32 vector: what the learner publishes."""
-        return torch.cat([t.detach().reshape(-1).float() for t in self.state_dict().values()]).cpu().numpy()
+    def part(self, name: Part | None = None) -> dict[str, Tensor]:
+        """Parameters and buffers, by name and shared with the agent: of everything, of the policy, or of world model and critic ("model")."""
+        prefixes = {None: ("",), "policy": ("policy.",), "model": ("world_model.", "critic.")}
+        if name not in prefixes:
+            raise ValueError(f"agent part {name!r}; there are 'policy', 'model' and None for all")
+        return {key: t for key, t in self.state_dict().items() if key.startswith(prefixes[name])}
+
+    def flat(self, part: Part | None = None) -> np.ndarray:
+        """A part's parameters and buffers as one float32 vector: what a learner publishes."""
+        return torch.cat([t.detach().reshape(-1).float() for t in self.part(part).values()]).cpu().numpy()
 
     @torch.no_grad()
-    def load_flat(self, vector: np.ndarray) -> None:
+    def load_flat(self, vector: np.ndarray, part: Part | None = None) -> None:
         """Inverse of `flat`, in place. ValueError when the vector's length does not fit this configuration."""
-        state = self.state_dict()
+        state = self.part(part)
         size = sum(t.numel() for t in state.values())
         if vector.shape != (size,):
-            raise ValueError(f"weight vector of shape {vector.shape} does not fit this agent, which holds {size} numbers: same model config on both sides?")
+            raise ValueError(f"weight vector of shape {vector.shape} does not fit {part or 'this agent'}, which holds {size} numbers: same model config on both sides?")
         source, at = torch.from_numpy(np.array(vector, np.float32)), 0              # a copy of our own: the vector may live in shared memory
         for t in state.values():
             t.copy_(source[at:at + t.numel()].view(t.shape))

@@ -23,9 +23,9 @@ def symexp(x: Tensor) -> Tensor:
 def two_hot(x: Tensor, bins: Tensor) -> Tensor:
     """Spread x (...) over its two neighbouring bins: (..., n_bins), rows sum to 1 and have expectation x (x clipped to the bins' range)."""
     x = x.clamp(bins[0], bins[-1])
-    pos = (x - bins[0]) / (bins[1] - bins[0])                                       # bins are evenly spaced
+    pos = (x - bins[0]) / (bins[-1] - bins[0]) * (len(bins) - 1)                    # bins are evenly spaced
     low = pos.floor().clamp(max=len(bins) - 2).long()
-    frac = (pos - low).unsqueeze(-1)
+    frac = (pos - low).clamp(0, 1).unsqueeze(-1)
     out = torch.zeros(*x.shape, len(bins), dtype=x.dtype, device=x.device)
     return out.scatter(-1, low.unsqueeze(-1), 1 - frac).scatter(-1, low.unsqueeze(-1) + 1, frac)
 

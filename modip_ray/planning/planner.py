@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from modip_ray.planning.mppi import mppi
 from modip_ray.timing import Timer
 
 Mode = Literal["mpc", "policy"]
+MODES = get_args(Mode)
 
 
 @dataclass
@@ -83,16 +84,22 @@ class Planner:
 
     @torch.inference_mode()
     def plan(self, obs: np.ndarray, slots: Sequence[Hashable], reset: np.ndarray, mode: Mode = "mpc", explore: bool = False) -> Plan:
-        """obs (B, Do) raw, slots B ids, reset (B,) bool: True where an episode has just begun. ValueError on a wrong or non-finite observation."""
-        if obs.ndim != 2 or obs.shape[1] != self.agent.obs_dim:
-            raise ValueError(f"planner: observations of shape {obs.shape}, expected (rows, {self.agent.obs_dim})")
+        """obs (B, Do) raw, slots B ids, reset (B,) bool: True where an episode has just begun.
+
+        ValueError on a wrong or non-finite observation or an unknown mode; RuntimeError when the weights yield actions that are not finite.
+        """
+        if mode not in MODES:
+            raise ValueError(f"planner: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if obs.ndim != 2 or obs.shape[1] != self.agent.obs_dim or not len(obs):
+            raise ValueError(f"planner: observations of shape {obs.shape}, expected (rows, {self.agent.obs_dim}) with at least one row")
         if not np.isfinite(obs).all():
             row, col = np.argwhere(~np.isfinite(obs))[0]
             raise ValueError(f"planner: observation of slot {slots[row]} is {obs[row, col]} in column {col}; the environment must return finite numbers")
         s = self.agent.normalizer.obs(torch.as_tensor(obs, dtype=torch.float32, device=self.device))   # (B, Do)
-        if mode == "policy":
-            return self.policy_plan(s)
-        return self.mpc_plan(s, slots, reset, explore)
+        plan = self.policy_plan(s) if mode == "policy" else self.mpc_plan(s, slots, reset, explore)
+        if not np.isfinite(plan.actions).all():
+            raise RuntimeError(f"planner: the policy of weight version {self.version} proposes actions that are not finite; training has diverged, lower policy.lr and resume from an earlier checkpoint")
+        return plan
 
     def policy_plan(self, s: Tensor) -> Plan:
         cfg, policy = self.cfg.policy, self.agent.policy

@@ -10,7 +10,7 @@ from typing import Any
 
 from modip_ray.report.metrics import live_rows, read_metrics
 from modip_ray.report.scores import scores_from_rows
-from modip_ray.report.timing import Snapshot, merge_snapshots
+from modip_ray.timing import Snapshot, merge_snapshots
 
 
 @dataclass(frozen=True)

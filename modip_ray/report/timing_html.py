@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping
 
 from modip_ray.report.scores import duration
-from modip_ray.report.timing import build_tree, walk
+from modip_ray.timing import build_tree, walk
 
 
 def time_table(snapshot: Mapping[str, Mapping], total: float) -> str:

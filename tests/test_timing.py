@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from modip_ray.report.timing import Timer, build_tree, format_tree, merge_snapshots, walk
+from modip_ray.timing import Timer, build_tree, format_tree, merge_snapshots, walk
 
 
 def test_blocks_are_summed_and_counted_even_when_they_raise():

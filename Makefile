@@ -1,0 +1,39 @@
+# Every target sets up .venv by itself. TORCH: which torch to install first (a CPU build keeps the download small).
+PYTHON ?= python3.11
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export OMP_NUM_THREADS := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help install demo test bench lint clean
+help:
+	@echo "make demo    train MODIP on HalfCheetah with local Ray, about 12 minutes on 2 cores, into runs/demo (run it again to resume)"
+	@echo "make test    unit, property and end-to-end tests"
+	@echo "make bench   timings of planner, learner, replay, environments, weights; serial against Ray"
+	@echo "make lint    ruff"
+	@echo "make install only set up .venv"
+
+install: $(STAMP)
+$(STAMP): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python -m modip_ray train --config demo run_dir=runs/demo
+
+test: install
+	$(BIN)/python -m pytest -q
+
+bench: install
+	$(BIN)/python -m modip_ray bench all --json results/bench/latest.json
+
+lint: install
+	$(BIN)/python -m ruff check modip_ray tests scripts
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,91 @@
+"""Gathers single requests into batches on an asyncio loop; the work itself runs in a thread, so the loop stays free. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+ALIVE_S = 1.0
+
+
+@dataclass
+class Entry:
+    client: Hashable
+    item: Any
+    rows: int
+    future: asyncio.Future
+    arrived: float
+
+
+class BatchQueue:
+    """A batch is closed when it has `max_rows` rows, when all live clients have asked, or `max_wait_s` after its first request.
+
+    compute : items -> one result or exception for each; called in a thread of its own, one batch at a time
+    Live is who asked within the last second: a dead client delays others by `max_wait_s` at most, and for a second only.
+    """
+
+    def __init__(self, compute: Callable[[list[Any]], Sequence[Any]], max_rows: int, max_wait_s: float, initializer: Callable[[], None] | None = None):
+        self.compute, self.max_rows, self.max_wait_s = compute, max_rows, max_wait_s
+        self.pool = ThreadPoolExecutor(1, "batch", initializer)
+        self.waiting: list[Entry] = []
+        self.seen: dict[Hashable, float] = {}
+        self.arrived = asyncio.Event()
+        self.server: asyncio.Task | None = None
+        self.batches, self.rows = 0, 0
+
+    async def submit(self, client: Hashable, item: Any, rows: int) -> Any:
+        """The result for `item`, after it went with others through `compute`; raises what compute returned or raised for it."""
+        now = time.monotonic()
+        self.seen[client] = now
+        entry = Entry(client, item, rows, asyncio.get_running_loop().create_future(), now)
+        self.waiting.append(entry)
+        self.arrived.set()
+        if self.server is None or self.server.done():
+            self.server = asyncio.create_task(self.serve())
+        return await entry.future
+
+    async def serve(self) -> None:
+        """Batch after batch, until nobody waits."""
+        while self.waiting:
+            await self.gather()
+            batch = self.take()
+            self.batches, self.rows = self.batches + 1, self.rows + sum(e.rows for e in batch)
+            try:
+                results = await asyncio.get_running_loop().run_in_executor(self.pool, self.compute, [e.item for e in batch])
+            except Exception as error:                                              # whatever it was, the clients must hear of it
+                results = [error] * len(batch)
+            for entry, result in zip(batch, results, strict=True):
+                if entry.future.done():                                             # its client gave up
+                    continue
+                if isinstance(result, Exception):
+                    entry.future.set_exception(result)
+                else:
+                    entry.future.set_result(result)
+
+    async def gather(self) -> None:
+        """Wait for the batch to fill, no longer than the first request may wait."""
+        deadline = self.waiting[0].arrived + self.max_wait_s
+        while not self.complete() and (left := deadline - time.monotonic()) > 0:
+            self.arrived.clear()
+            try:
+                await asyncio.wait_for(self.arrived.wait(), left)
+            except TimeoutError:
+                return
+
+    def complete(self) -> bool:
+        now = time.monotonic()
+        self.seen = {client: at for client, at in self.seen.items() if now - at < ALIVE_S}
+        return sum(e.rows for e in self.waiting) >= self.max_rows or self.seen.keys() <= {e.client for e in self.waiting}
+
+    def take(self) -> list[Entry]:
+        """The first requests that fit into max_rows; at least one, however large."""
+        count, rows = 1, self.waiting[0].rows
+        while count < len(self.waiting) and rows + self.waiting[count].rows <= self.max_rows:
+            rows += self.waiting[count].rows
+            count += 1
+        batch, self.waiting = self.waiting[:count], self.waiting[count:]
+        return batch

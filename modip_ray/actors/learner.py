@@ -1,0 +1,120 @@
+"""The learner role: the same class twice, once for world model and critic, once for the policy. They share no gradient, so they run side by side."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+
+from modip_ray.config import Config
+from modip_ray.learning.build import Spec, agent_of, device_of
+from modip_ray.learning.checkpoint import Checkpoint, write_state
+from modip_ray.learning.learner import Learner
+from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.updater import Updater, learner_state, load_learner
+from modip_ray.timing import Timer
+
+
+class LearnerReport(NamedTuple):
+    stream: Stream
+    count: int
+    metrics: dict[str, float]
+    timing: dict[str, Any]
+
+
+@ray.remote(max_restarts=0)
+class LearnerActor:
+    def __init__(self, cfg: Config, spec: Spec, stream: Stream, replay: str, store: str, gpus: float, checkpoint: Checkpoint | None):
+        torch.set_num_threads(cfg.resources.torch_threads)
+        self.cfg, self.stream, self.timer = cfg, stream, Timer()
+        self.replay, self.store = ray.get_actor(replay), ray.get_actor(store)
+        self.learner = Learner(cfg, agent_of(cfg, spec, device_of(cfg, gpus)), cfg.seed)
+        self.updater = Updater(cfg, self.learner, self.timer)
+        for part in STREAMS if checkpoint is not None else ():
+            load_learner(self.learner, part, checkpoint.read(f"learner_{part}"))
+        self.batches: deque[ray.ObjectRef] = deque()
+        self.versions: dict[str, int] = {}
+        self.exchanged_at = float("-inf")
+        self.sent: deque[ray.ObjectRef] = deque()
+
+    def work(self, seconds: float) -> LearnerReport:
+        """Updates for about so many seconds; batches are fetched ahead and stay on their way between two calls."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if time.monotonic() - self.exchanged_at >= self.cfg.planner.weights_every_s:
+                self.exchange()
+            while len(self.batches) < self.cfg.replay.prefetch:
+                self.batches.append(self.replay.sample.remote(self.stream))
+            begun = time.perf_counter()
+            batch = self.get(self.batches.popleft())
+            self.timer.add("wait/collection" if batch is None else "wait/replay", time.perf_counter() - begun)
+            if batch is not None:
+                self.updater.update(self.stream, {k: np.array(v) for k, v in batch.items()})
+        return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot())
+
+    def update(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
+        """One update on a given batch (tests compare it with the serial one)."""
+        self.updater.update(self.stream, {k: np.array(v) for k, v in batch.items()})
+        return self.updater.take_metrics()
+
+    def exchange(self) -> None:
+        """Publish the own part; the policy learner takes over world model and critics, which its imitation rule asks."""
+        with self.timer("publish"):
+            self.publish()
+        if self.stream == "policy":
+            with self.timer("pull"):
+                self.pull()
+        self.exchanged_at = time.monotonic()
+
+    def publish(self) -> int:
+        """Send the part's weights to the store; returns their version, the count of updates."""
+        while self.sent:
+            self.get(self.sent.popleft())                                           # one exchange at a time is on its way
+        version = self.updater.count(self.stream)
+        self.sent.append(self.store.put.remote(self.stream, version, self.learner.agent.flat(self.stream)))
+        if self.stream == "model":
+            self.sent.append(self.store.put.remote("target_critic", version, flat(self.learner.target_critic)))
+        return version
+
+    def pull(self) -> None:
+        newer, _ = self.get(self.store.newer.remote(self.versions))
+        self.versions |= {part: version for part, (version, _) in newer.items()}
+        if "model" in newer:
+            self.learner.agent.load_flat(newer["model"][1], "model")
+        if "target_critic" in newer:
+            load_flat(self.learner.target_critic, newer["target_critic"][1])
+
+    def settle(self) -> int:
+        """Publish, and wait until the store has it."""
+        version = self.publish()
+        while self.sent:
+            self.get(self.sent.popleft())
+        return version
+
+    def weights(self) -> np.ndarray:
+        return self.learner.agent.flat(self.stream)
+
+    def save(self, folder: str) -> int:
+        write_state(Path(folder), f"learner_{self.stream}", learner_state(self.learner, [self.stream])[self.stream])
+        return self.updater.count(self.stream)
+
+    def get(self, ref: ray.ObjectRef) -> Any:
+        return ray.get(ref, timeout=self.cfg.resources.call_timeout_s)
+
+
+def flat(module: torch.nn.Module) -> np.ndarray:
+    return torch.cat([t.detach().reshape(-1).float() for t in module.state_dict().values()]).cpu().numpy()
+
+
+@torch.no_grad()
+def load_flat(module: torch.nn.Module, vector: np.ndarray) -> None:
+    """Inverse of `flat`, in place."""
+    at, source = 0, torch.from_numpy(np.array(vector))
+    for t in module.state_dict().values():
+        t.copy_(source[at:at + t.numel()].view(t.shape))
+        at += t.numel()

@@ -1,0 +1,87 @@
+"""The replay role: segments in, batches out, and whoever is ahead waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+
+from modip_ray.config import Config
+from modip_ray.learning.build import build_replay
+from modip_ray.learning.checkpoint import Checkpoint, write_state
+from modip_ray.learning.limiter import COLLECTION_WAITS, LEARNING_WAITS, STREAMS, Stream
+from modip_ray.learning.replay import Batch, Segment
+from modip_ray.tasks.episode import Episode
+from modip_ray.timing import Timer
+
+HOLD_S = 0.5                        # a call waits no longer than this for its turn; then it is answered "not yet"
+
+
+class Ack(NamedTuple):
+    env_steps: int
+    may_collect: bool
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class ReplayActor:
+    def __init__(self, cfg: Config, episodes: list[Episode], checkpoint: Checkpoint | None):
+        self.timer = Timer()
+        self.server = build_replay(cfg, episodes)
+        self.limiter = self.server.limiter
+        if checkpoint is not None:
+            counts = [int(checkpoint.read(f"learner_{s}")["updates"]) for s in STREAMS]
+            self.server.load_state(checkpoint.read("replay"), *counts)
+        self.changed = asyncio.Condition()
+
+    async def add(self, segments: list[Segment]) -> Ack:
+        """Store, then hold the answer while collection is too far ahead."""
+        with self.timer("add"):
+            self.server.add(segments)
+        await self.notify()
+        return await self.turn()
+
+    async def turn(self) -> Ack:
+        """Answered when collection may go on; or after HOLD_S, with may_collect False."""
+        await self.hold(self.limiter.may_collect, COLLECTION_WAITS)
+        return Ack(self.server.env_steps, self.limiter.may_collect())
+
+    async def sample(self, stream: Stream) -> Batch | None:
+        """The stream's next batch; None when learning had to wait for collection longer than HOLD_S."""
+        await self.hold(lambda: self.limiter.may_sample(stream), LEARNING_WAITS)
+        if not self.limiter.may_sample(stream):
+            return None
+        with self.timer("sample"):
+            batch = self.server.sample(stream)
+        await self.notify()
+        return batch
+
+    async def hold(self, ready: Any, reason: str) -> None:
+        if ready():
+            return
+        deadline = time.monotonic() + HOLD_S
+        with self.timer(reason):
+            async with self.changed:
+                while not ready() and (left := deadline - time.monotonic()) > 0:
+                    try:
+                        await asyncio.wait_for(self.changed.wait(), left)
+                    except TimeoutError:
+                        return
+
+    async def notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def diagnostic_batch(self, rows: int, horizon: int, seed: int) -> tuple[Batch, dict[str, float]]:
+        return self.server.diagnostic_batch(rows, horizon, seed), self.server.plan_statistics()
+
+    async def status(self) -> dict[str, Any]:
+        return {"env_steps": self.server.env_steps, "allowed": {s: self.limiter.allowed(s) for s in STREAMS}, "ahead": self.limiter.ahead(),
+                "timing": self.timer.snapshot()}
+
+    async def save(self, folder: str) -> None:
+        """The arrays are copied at once, so the checkpoint is of one moment; writing happens beside the loop."""
+        state = {k: v.copy() for k, v in self.server.state().items()}
+        await asyncio.to_thread(write_state, Path(folder), "replay", state)

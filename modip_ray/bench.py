@@ -1,0 +1,276 @@
+"""Short speed measurements, each beside a reference measured in the same run: a table and a JSON file. Gates nothing.
+
+`python -m modip_ray.bench {planner,learner,replay,envs,weights,all} [--json FILE]`. Nothing here starts Ray. To add a group of measurements,
+write a function (Setting) -> list[Row] and decorate it with @bench("name").
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import pickle
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from modip_ray.config import Config, load, nearest, task_names
+from modip_ray.learning.learner import Learner
+from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment
+from modip_ray.model.agent import Agent
+from modip_ray.planning.planner import Planner
+from modip_ray.runfolder import git_commit, machine, versions
+from modip_ray.tasks.env_group import EnvGroup, make_env
+
+OBS_DIM, ACTION_DIM = 17, 6                         # HalfCheetah's and Walker2d's
+MUJOCO = ("halfcheetah", "hopper", "walker2d")      # families whose environments are stepped here
+PLAN_ROWS = (1, 8, 16, 64)
+MATRIX = 768                                        # size of the square matrix product that stands for the machine's peak
+CALLS_AT_LEAST = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement, and a reference in the same unit. ratio: value / reference."""
+
+    name: str
+    value: float
+    unit: str
+    reference: float | None = None
+    ratio: float | None = None
+    against: str = ""                               # what the reference is
+
+
+def compared(name: str, value: float, unit: str, reference: float, against: str) -> Row:
+    return Row(name, value, unit, reference, value / reference, against)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every measurement gets: the settings, and the seconds it may take for each function that it times."""
+
+    cfg: Config
+    seconds: float
+
+    def medians(self, *functions: Callable[[], object]) -> list[float]:
+        """Median seconds of a call of each. Calls take turns, so that a busy machine slows all of them alike."""
+        for function in functions:                  # the first call pays for allocations and caches
+            function()
+        times: list[list[float]] = [[] for _ in functions]
+        end = time.perf_counter() + self.seconds * len(functions)
+        while time.perf_counter() < end or len(times[0]) < CALLS_AT_LEAST:
+            for function, measured in zip(functions, times, strict=True):
+                start = time.perf_counter()
+                function()
+                measured.append(time.perf_counter() - start)
+        return [statistics.median(t) for t in times]
+
+    @cached_property
+    def agent(self) -> Agent:
+        torch.manual_seed(self.cfg.seed)
+        return Agent(self.cfg, OBS_DIM, ACTION_DIM)
+
+    @cached_property
+    def replay(self) -> MixedReplay:
+        """Synthetic episodes: as many offline transitions as a run collects, a tenth of that online, with plans."""
+        cfg, rng = self.cfg, np.random.default_rng(0)
+        length = min(cfg.task.max_episode_steps, cfg.data.transitions)
+        episodes = max(cfg.data.transitions // length, 1)
+        offline = ReplayBuffer(episodes * length, OBS_DIM, ACTION_DIM, cfg.critic.gamma)
+        online = ReplayBuffer(max(episodes // 10, 1) * length, OBS_DIM, ACTION_DIM, cfg.critic.gamma, cfg.planner.horizon)
+        for i in range(episodes + max(episodes // 10, 1)):
+            plans = rng.uniform(-1, 1, (length, cfg.planner.horizon, ACTION_DIM)).astype(np.float32) if i >= episodes else None
+            gains = np.ones(length, np.float32) if i >= episodes else None
+            (offline if i < episodes else online).add(Segment(
+                rng.standard_normal((length + 1, OBS_DIM), dtype=np.float32), rng.uniform(-1, 1, (length, ACTION_DIM)).astype(np.float32),
+                rng.standard_normal(length, dtype=np.float32), i % 2 == 0, plans, gains))
+        return MixedReplay(offline, online, 0, cfg.distill.target == "planned")
+
+    def model_batch(self) -> dict[str, np.ndarray]:
+        w = self.cfg.world_model
+        return self.replay.sequences(w.batch_size, w.horizon, self.cfg.critic.n_step, 0.5)
+
+    def policy_batch(self) -> dict[str, np.ndarray]:
+        p = self.cfg.policy
+        return self.replay.chunks(p.batch_size, p.horizon, self.cfg.critic.n_step, 0.5)
+
+
+Bench = Callable[[Setting], list[Row]]
+BENCHES: dict[str, Bench] = {}
+
+
+def bench(name: str) -> Callable[[Bench], Bench]:
+    def register(function: Bench) -> Bench:
+        BENCHES[name] = function
+        return function
+    return register
+
+
+def flops(function: Callable[[], object]) -> int:
+    """Floating point operations of the matrix products in one call (two a multiply-add), backward passes included."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def matrix_product() -> Callable[[], object]:
+    a, b, out = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX), torch.empty(MATRIX, MATRIX)
+    return lambda: torch.mm(a, b, out=out)
+
+
+@bench("planner")
+def planner(s: Setting) -> list[Row]:
+    """Plans a second by rows of a call, and the share of the matrix-product peak that a call of the demo's size reaches."""
+    plan, rng = Planner(s.cfg, s.agent), np.random.default_rng(0)
+
+    def call(rows: int) -> Callable[[], object]:
+        obs, reset = rng.standard_normal((rows, OBS_DIM), dtype=np.float32), np.zeros(rows, bool)
+        return lambda: plan.plan(obs, range(rows), reset)
+
+    demo = s.cfg.rollout.num_workers * s.cfg.rollout.envs_per_worker
+    sizes = sorted({*PLAN_ROWS, demo})
+    *seconds, product = s.medians(*(call(n) for n in sizes), matrix_product())
+    rate = {n: n / t for n, t in zip(sizes, seconds, strict=True)}
+    peak, reached = 2 * MATRIX**3 / product / 1e9, flops(call(demo)) / (demo / rate[demo]) / 1e9
+    return [compared("planner.plans_per_s", rate[demo], "plans/s", rate[1], f"1 row a call, not {demo}"),
+            *(compared(f"planner.plans_per_s.rows_{n}", rate[n], "plans/s", rate[1], "1 row a call") for n in PLAN_ROWS),
+            compared("planner.roofline", reached, "GFLOP/s", peak, f"a {MATRIX}x{MATRIX} matrix product; {demo} rows a call")]
+
+
+@bench("learner")
+def learner(s: Setting) -> list[Row]:
+    """Milliseconds of an update, against those that its matrix products would take at the peak."""
+    learn, model_batch, policy_batch = Learner(s.cfg, copy.deepcopy(s.agent)), s.model_batch(), s.policy_batch()
+    updates = {"model": lambda: learn.update_model(model_batch), "policy": lambda: learn.update_policy(policy_batch, distil=True)}
+    *seconds, product = s.medians(*updates.values(), matrix_product())
+    peak = 2 * MATRIX**3 / product
+    return [compared(f"learner.{name}_update_ms", 1e3 * t, "ms", 1e3 * flops(update) / peak, "its matrix products at the measured peak")
+            for (name, update), t in zip(updates.items(), seconds, strict=True)]
+
+
+@bench("replay")
+def replay(s: Setting) -> list[Row]:
+    """Gathering a batch against copying as many bytes; and storing a segment."""
+    batch = s.model_batch()
+    ours, copied = s.medians(s.model_batch, copier(batch))
+    chunk, chunk_copied = s.medians(s.policy_batch, copier(s.policy_batch()))
+    online = s.replay.online
+    n = min(s.cfg.rollout.segment_length, online.capacity)
+    segment = Segment(np.zeros((n + 1, OBS_DIM), np.float32), np.zeros((n, ACTION_DIM), np.float32), np.ones(n, np.float32), False)
+    add, _ = s.medians(lambda: online.add(segment), lambda: None)
+    size = f"numpy copy of the same {sum(v.nbytes for v in batch.values()) // 1024} KiB"
+    return [compared("replay.sample_vs_memcpy", 1e3 * ours, "ms", 1e3 * copied, size),
+            compared("replay.chunks_vs_memcpy", 1e3 * chunk, "ms", 1e3 * chunk_copied, "numpy copy of the same bytes"),
+            Row("replay.add_transitions_per_s", n / add, "1/s")]
+
+
+def copier(batch: dict[str, np.ndarray]) -> Callable[[], object]:
+    source = np.zeros(sum(v.nbytes for v in batch.values()), np.uint8)
+    target = np.empty_like(source)
+    return lambda: np.copyto(target, source)
+
+
+@bench("envs")
+def envs(s: Setting) -> list[Row]:
+    """Steps a second of a group as rollout workers step it, against one bare environment with the same actions."""
+    rows = []
+    for task in task_names():
+        cfg = load(overrides=[f"task={task}"])
+        if cfg.task.family in MUJOCO:
+            rows.append(env_row(s, task, cfg.task.env, cfg.task.max_episode_steps))
+    return rows
+
+
+def env_row(s: Setting, task: str, env_id: str, max_episode_steps: int, steps: int = 32) -> Row:
+    n = s.cfg.rollout.envs_per_worker
+    group, bare = EnvGroup(lambda: make_env(env_id), n, max_episode_steps, 0), make_env(env_id)
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, n, 1, group.action_dim)).astype(np.float32)
+
+    def step_group() -> None:
+        for chunk in actions:
+            group.step(chunk)
+
+    def step_bare() -> None:
+        for action in actions.reshape(-1, group.action_dim):
+            if any(bare.step(action)[2:4]):
+                bare.reset()
+
+    group.reset()
+    bare.reset(seed=0)
+    ours, theirs = s.medians(step_group, step_bare)
+    group.close()
+    bare.close()
+    return compared(f"envs.steps_per_s.{task}", steps * n / ours, "steps/s", steps * n / theirs, f"bare {env_id}")
+
+
+@bench("weights")
+def weights(s: Setting) -> list[Row]:
+    """Publishing and loading weights as one flat vector, against a pickled state_dict."""
+    source, target = s.agent, s.agent.frozen_copy()
+    ours, theirs = s.medians(lambda: target.load_flat(source.flat()), lambda: target.load_state_dict(pickle.loads(pickle.dumps(source.state_dict()))))
+    return [compared("weights.publish_ms", 1e3 * ours, "ms", 1e3 * theirs, f"torch state_dict, pickled; {source.flat().nbytes / 2**20:.1f} MiB")]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Aligned columns: name, value, unit, reference, ratio, what the reference is."""
+    def text(x: float | None) -> str:
+        return "" if x is None else f"{x:.4g}" if abs(x) < 1e4 else f"{x:.0f}"
+
+    lines = [("measurement", "value", "unit", "reference", "ratio", "against"),
+             *((r.name, text(r.value), r.unit, text(r.reference), text(r.ratio), r.against) for r in rows)]
+    justify = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust, str.ljust)
+    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(j(cell, w) for j, cell, w in zip(justify, line, width, strict=True)).rstrip() for line in lines)
+
+
+def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds: float = 1.0, overrides: Sequence[str] = ()) -> list[Row]:
+    """Measure the groups in `what` ("all": every one), print a table each, write JSON when asked. ValueError on an unknown group.
+
+    seconds: time for each timed function; overrides: dotted settings that differ from configs/default.yaml.
+    """
+    for name in what:
+        if name not in (*BENCHES, "all"):
+            raise ValueError(f"unknown benchmark {name!r}{nearest(name, list(BENCHES))}; known: {', '.join(BENCHES)}, all")
+    names = list(BENCHES) if "all" in what else list(dict.fromkeys(what))
+    setting = Setting(load(overrides=overrides), seconds)
+    rows: list[Row] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in names:
+            found = BENCHES[name](setting)
+            print(table(found) + "\n", flush=True)
+            rows += found
+    finally:
+        torch.set_num_threads(threads)
+    if json_path is not None:
+        report = {"rows": [asdict(r) for r in rows], "machine": machine(), "git": git_commit(), "versions": versions(), "command": " ".join(sys.argv)}
+        path = Path(json_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("modip bench", description="Short speed measurements, each beside a reference measured in the same run.")
+    parser.add_argument("what", nargs="*", default=["all"], help=f"{', '.join(BENCHES)} or all")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there, with machine, git commit and versions")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each timed function (default 1)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from the defaults, e.g. planner.gaussian=128")
+    args = parser.parse_args(argv)
+    try:
+        run_bench(args.what, args.json, args.seconds, args.set)
+    except ValueError as error:                     # an unknown group or setting: the message says it all
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

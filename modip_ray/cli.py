@@ -1,0 +1,171 @@
+"""The command line: train, eval, collect, data info, report, bench. Errors that a user can mend print one line and exit with 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from modip_ray import __version__
+from modip_ray.config import Config, ConfigError, load
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done (or stopped in good order), 2 something to mend, said in one line."""
+    args, rest = parser().parse_known_args(argv)
+    if rest and args.command != "bench":
+        parser().error(f"unknown argument(s) {' '.join(rest)}; settings are given as key=value, e.g. planner.horizon=3")
+    args.rest = rest
+    try:
+        code = args.run(args)
+    except mendable() as error:
+        print(f"modip {args.command}: {error}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:
+        code = 0
+    sys.exit(code or 0)
+
+
+def mendable() -> tuple[type[Exception], ...]:
+    """Our own errors; those of packages that are not loaded yet cannot have been raised."""
+    from modip_ray.learning.checkpoint import CheckpointError
+    from modip_ray.runfolder import RunError
+    from modip_ray.tasks.dataset import DataError
+    from modip_ray.tasks.envs import EnvError
+    return ConfigError, DataError, EnvError, CheckpointError, RunError, FileNotFoundError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="modip", description="Fine-tune diffusion policies with a world model, planning and distillation.")
+    top.add_argument("--version", action="version", version=f"modip_ray {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = command(commands, "train", run_train, "train, or go on with the run in run_dir")
+    p.add_argument("--config", help="a YAML file, or the name of one in configs/")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings, e.g. task=hopper-medium run_dir=runs/hopper")
+
+    p = command(commands, "eval", run_eval, "measure a run again, from its newest checkpoint")
+    p.add_argument("run_folder", type=Path, metavar="RUN")
+    p.add_argument("--mode", choices=("bc", "policy", "mpc"), default="mpc", help="before fine-tuning, the diffusion policy alone, the planner")
+    p.add_argument("--episodes", type=positive, help="default: as in the run (eval.episodes)")
+    p.add_argument("--seed", type=int, help="first seed; default: as in the run (eval.seed)")
+    p.add_argument("--json", type=Path, dest="json_file", help="also write the score there")
+
+    p = command(commands, "collect", run_collect, "roll a policy out and write D4RL's HDF5 layout")
+    p.add_argument("--policy", required=True, metavar="demonstrator|RUN|FILE.hdf5",
+                   help="the shipped demonstrator, a run folder, or a D4RL file with a policy in it")
+    p.add_argument("--mode", choices=("bc", "policy", "mpc"), default="policy", help="which way of acting of a run")
+    p.add_argument("--task", help="task of configs/tasks; default halfcheetah-medium, for a RUN its own")
+    p.add_argument("--transitions", type=positive, required=True)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, required=True)
+
+    data = commands.add_parser("data", help="look at data files").add_subparsers(dest="data_command", required=True, metavar="info")
+    p = command(data, "info", run_data_info, "episodes, returns and ranges of a D4RL-layout file")
+    p.add_argument("file", type=Path)
+
+    p = command(commands, "report", run_report, "write report/index.html of one or more runs")
+    p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    p.add_argument("--video", action="store_true", help="also render BC beside MODIP (needs OpenGL)")
+
+    p = command(commands, "bench", run_bench, "measure speeds on this machine")
+    p.add_argument("what", nargs="*", help="what to measure; default: everything")
+    p.add_argument("--json", type=Path, dest="json_file")
+    return top
+
+
+def command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    p = commands.add_parser(name, help=text, description=text)
+    p.set_defaults(run=run)
+    return p
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def run_train(args: argparse.Namespace) -> int:
+    cfg = load(args.config, args.settings)
+    from modip_ray.run import train
+    from modip_ray.session import Stopped
+    try:
+        train(cfg)
+    except Stopped:
+        return 0
+    if cfg.log.video and cfg.run_dir:
+        make_video(Path(cfg.run_dir))
+    return 0
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from modip_ray.report.scores import interval, number
+    from modip_ray.saved_run import evaluate_run
+    found = evaluate_run(args.run_folder, args.mode, args.episodes, args.seed)
+    print(f"{args.mode}: {number(found['mean'])}  (95 %: {interval(found['ci95'])}, {found['episodes']} episodes, normalised {number(found['normalized'])})")
+    write_json(args.json_file, found)
+    return 0
+
+
+def run_collect(args: argparse.Namespace) -> int:
+    from modip_ray.saved_run import collect_run
+    from modip_ray.tasks.d4rl_data import describe
+    overrides = [f"data.transitions={args.transitions}", f"seed={args.seed}"]
+    is_run = (Path(args.policy) / "config.yaml").is_file()
+    cfg: Config | None = None if is_run else load(None, ([f"task={args.task}"] if args.task else []) + overrides)
+    if is_run and args.task:
+        raise ConfigError("--task cannot be given with a run folder: a run's policy acts in the run's own task")
+    print(describe(collect_run(cfg, args.policy, args.mode, args.transitions, args.seed, args.out)))
+    return 0
+
+
+def run_data_info(args: argparse.Namespace) -> int:
+    from modip_ray.tasks.d4rl_data import describe, read_d4rl
+    print(describe(read_d4rl(args.file, max_episode_steps=1000, action_range=None)))
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from modip_ray.report.page import write_report
+    from modip_ray.runfolder import RunError
+    if args.video:
+        for run in args.runs:
+            make_video(run, write_page=False)
+    try:
+        print(write_report(args.runs))
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    return 0
+
+
+def make_video(run: Path, write_page: bool = True) -> None:
+    """report/video.mp4 of a run; where nothing can be rendered, says why and goes on."""
+    from modip_ray.report.page import write_report
+    from modip_ray.report.video import side_by_side
+    from modip_ray.runfolder import saved_config
+    from modip_ray.saved_run import actors_of_run, rendering_env
+    cfg = saved_config(run)
+    pairs = [("BC", actors_of_run(run, "bc")), ("MODIP", actors_of_run(run, "mpc"))]
+    try:
+        info = side_by_side(pairs, rendering_env(cfg), cfg.eval.seed, cfg.task.max_episode_steps, run / "report" / "video.mp4")
+    except (RuntimeError, ValueError) as error:
+        print(f"modip: no video: {error}", file=sys.stderr)
+        return
+    print(f"{info.path}  ({info.frames} frames, {info.seconds:.0f} s)")
+    if write_page:
+        write_report([run])
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from modip_ray.bench import main as bench
+    return bench(args) or 0
+
+
+def write_json(path: Path | None, value: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1))

@@ -1,0 +1,76 @@
+"""What settings must satisfy beyond their types: ranges, and relations between fields."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modip_ray.config import Config
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the field, what was got and what is allowed."""
+
+
+POSITIVE = """
+    policy.horizon policy.n_action_steps policy.width policy.denoising_steps policy.sampling_steps policy.batch_size policy.lr
+    world_model.latent world_model.width world_model.batch_size world_model.horizon world_model.lr world_model.obs_std_floor world_model.simnorm_group
+    world_model.grad_clip critic.members critic.n_step critic.pretrain_n_step critic.width critic.bound planner.horizon planner.n_action_steps planner.proposals
+    planner.elites planner.std_min planner.max_rows rollout.num_workers rollout.envs_per_worker rollout.segment_length replay.capacity replay.prefetch
+    eval.episodes eval.every_episodes eval.bootstrap task.max_episode_steps data.transitions resources.torch_threads resources.call_timeout_s
+    log.every_s log.keep_checkpoints distill.beta
+""".split()
+
+FRACTIONS = """
+    critic.gamma critic.tau critic.expectile policy.ema world_model.rho online.online_share_start online.online_share_end
+    distill.online_share_start distill.online_share_end
+""".split()
+
+
+def validate(cfg: Config) -> None:
+    """Raise ConfigError at the first setting that cannot be used, before anything is started."""
+    tree = cfg.to_dict()
+    for section, body in tree.items():
+        for name, value in body.items() if isinstance(body, dict) else []:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                need(value >= 0 or name == "min_gain", f"{section}.{name}", value, "must not be negative")
+    for dotted in POSITIVE:
+        need(value_at(tree, dotted) > 0, dotted, value_at(tree, dotted), "must be positive")
+    for dotted in FRACTIONS:
+        need(0 <= value_at(tree, dotted) <= 1, dotted, value_at(tree, dotted), "must lie in 0..1")
+    need(0 <= cfg.seed < 2**63, "seed", cfg.seed, "must lie in 0..2**63-1")
+    limit = cfg.data.max_transitions
+    need(limit is None or limit > 0, "data.max_transitions", limit, "must be positive, or null for all")
+    device = cfg.resources.device
+    need(device in ("auto", "cpu") or device.startswith("cuda"), "resources.device", device, "must be auto, cpu, cuda or cuda:<index>")
+    model_rules(cfg)
+    planner_rules(cfg)
+
+
+def model_rules(cfg: Config) -> None:
+    p, w = cfg.policy, cfg.world_model
+    need(p.n_action_steps <= p.horizon, "policy.n_action_steps", p.n_action_steps, f"must not exceed policy.horizon={p.horizon}")
+    need(p.sampling_steps <= p.denoising_steps, "policy.sampling_steps", p.sampling_steps, f"must not exceed policy.denoising_steps={p.denoising_steps}")
+    need(w.latent % w.simnorm_group == 0, "world_model.latent", w.latent, f"must be a multiple of world_model.simnorm_group={w.simnorm_group}")
+    need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
+
+
+def planner_rules(cfg: Config) -> None:
+    p, policy = cfg.planner, cfg.policy
+    need(p.horizon <= policy.horizon, "planner.horizon", p.horizon, f"must not exceed policy.horizon={policy.horizon}: the policy proposes the sequences")
+    need(p.n_action_steps <= p.horizon, "planner.n_action_steps", p.n_action_steps, f"must not exceed planner.horizon={p.horizon}")
+    need(1 <= p.proposal_steps <= policy.denoising_steps, "planner.proposal_steps", p.proposal_steps, f"must lie in 1..policy.denoising_steps={policy.denoising_steps}")
+    need(p.elites <= p.proposals + p.gaussian + 1, "planner.elites", p.elites, "must not exceed the number of candidates (proposals + gaussian + 1)")
+    for name in ("std_max", "std_max_final"):
+        value = getattr(cfg.guard, name)
+        need(value >= p.std_min, f"guard.{name}", value, f"must be at least planner.std_min={p.std_min}")
+
+
+def value_at(tree: dict[str, Any], dotted: str) -> Any:
+    section, name = dotted.split(".")
+    return tree[section][name]
+
+
+def need(ok: bool, field: str, got: Any, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{field}: got {got!r}, {rule}")

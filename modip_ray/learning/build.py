@@ -1,0 +1,112 @@
+"""From settings and offline episodes to the objects that learn: agent with fitted scales, offline and online replay, learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from modip_ray.config import Config, ConfigError
+from modip_ray.learning.checkpoint import Checkpoint, CheckpointError
+from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment
+from modip_ray.learning.replay_server import ReplayServer
+from modip_ray.model.agent import Agent
+from modip_ray.tasks.episode import Episode
+
+LEAST_SCALE = 1e-6
+TAIL = 100                          # steps before a time limit whose returns are cut short
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Sizes and bounds of the environment, and the first weights of everything: all that a role needs to rebuild the agent."""
+
+    obs_dim: int
+    action_dim: int
+    weights: np.ndarray             # Agent.flat() of the freshly built agent, normaliser and scales included
+
+
+def device_of(cfg: Config, gpus: float | None = None) -> torch.device:
+    """The device of a role; `gpus` is what it was given (None: not under Ray). "auto" takes CUDA where it exists; a role without a GPU computes on the CPU."""
+    wanted = cfg.resources.device
+    if gpus == 0 or wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda" if wanted == "auto" else wanted)
+    if wanted != "auto":
+        raise ConfigError(f"resources.device: got {wanted!r}, but this machine has no CUDA device; use cpu or auto")
+    return torch.device("cpu")
+
+
+def fitted_agent(cfg: Config, episodes: Sequence[Episode], action_low: np.ndarray, action_high: np.ndarray) -> Agent:
+    """A fresh agent (seeded) whose normaliser, reward scale and value scale come from the data."""
+    torch.manual_seed(cfg.seed)
+    agent = Agent(cfg, episodes[0].observations.shape[1], episodes[0].actions.shape[1])
+    agent.normalizer.fit(np.concatenate([e.observations[:-1] for e in episodes]), action_low, action_high, cfg.world_model.obs_std_floor)
+    offline = offline_replay(cfg, episodes)
+    terminates = any(e.terminated for e in episodes)
+    reward, value = offline.arrays["reward"], value_samples(offline, terminates)
+    agent.world_model.reward_scale.fill_(safe_scale(reward))
+    agent.world_model.terminates.fill_(float(terminates))
+    agent.critic.shift.fill_(float(value.mean()))
+    agent.critic.scale.fill_(safe_scale(value))
+    return agent
+
+
+def value_samples(offline: ReplayBuffer, terminates: bool) -> np.ndarray:
+    """Discounted returns to the episodes' ends (n,). Where nothing terminates, starts near the time limit are left out: theirs are cut short."""
+    suffix, remaining = offline.arrays["suffix"][:offline.size], offline.arrays["remaining"][:offline.size]
+    whole = suffix[remaining > TAIL]
+    return whole if len(whole) and not terminates else suffix
+
+
+def safe_scale(values: np.ndarray) -> float:
+    """Standard deviation; where it is nil (constant values) their size, or 1, so that a division by it stays sane."""
+    spread = float(values.std())
+    return spread if spread > LEAST_SCALE else max(float(np.abs(values).mean()), 1.0)
+
+
+def offline_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayBuffer:
+    first = episodes[0]
+    offline = ReplayBuffer(sum(e.length for e in episodes), first.observations.shape[1], first.actions.shape[1], cfg.critic.gamma)
+    for episode in episodes:
+        offline.add(Segment.from_episode(episode))
+    return offline
+
+
+def build_spec(cfg: Config, episodes: Sequence[Episode], action_low: np.ndarray, action_high: np.ndarray) -> Spec:
+    agent = fitted_agent(cfg, episodes, action_low, action_high)
+    return Spec(agent.obs_dim, agent.action_dim, agent.flat())
+
+
+def blank_agent(cfg: Config, obs_dim: int, action_dim: int, device: torch.device) -> Agent:
+    """An agent whose weights are still to be loaded."""
+    return Agent(cfg, obs_dim, action_dim).to(device)
+
+
+def agent_of(cfg: Config, spec: Spec, device: torch.device) -> Agent:
+    agent = Agent(cfg, spec.obs_dim, spec.action_dim)
+    agent.load_flat(spec.weights)
+    return agent.to(device)
+
+
+def build_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayServer:
+    """Offline data beside an empty online ring that can hold the whole run, or replay.capacity."""
+    offline = offline_replay(cfg, episodes)
+    obs_dim, action_dim = offline.arrays["obs"].shape[1], offline.arrays["action"].shape[1]
+    online = ReplayBuffer(cfg.replay.capacity, obs_dim, action_dim, cfg.critic.gamma, cfg.planner.horizon)
+    return ReplayServer(cfg, MixedReplay(offline, online, cfg.seed, cfg.distill.target == "planned"))
+
+
+def saved_agent(cfg: Config, checkpoint: Checkpoint, device: torch.device) -> Agent:
+    """The agent of a checkpoint, as it acts. CheckpointError where the networks of `cfg` are not those that were saved."""
+    parts = {**checkpoint.read("learner_model"), **checkpoint.read("learner_policy")}
+    arrays = {k.removeprefix("agent."): torch.from_numpy(v) for k, v in parts.items() if k.startswith("agent.")}
+    agent = Agent(cfg, len(arrays["normalizer.obs_mean"]), len(arrays["normalizer.action_low"]))
+    try:
+        agent.load_state_dict(arrays)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path}: holds other networks than these settings describe: {error}") from error
+    return agent.to(device)

@@ -1,0 +1,54 @@
+"""The environment that a run's settings name, as a factory that crosses processes. No torch, no Ray."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+
+import gymnasium as gym
+import numpy as np
+
+from modip_ray.config import ConfigError, Task
+from modip_ray.tasks.envs import EnvFactory, make_env, make_envs
+
+
+def env_factory(task: Task) -> EnvFactory:
+    """Makes `task.env`: a gymnasium id, or "module:Class" (or "module:function") of the user's own, called without arguments."""
+    if ":" in task.env and not re.search(r"-v\d+$", task.env):
+        return own_class(task.env)
+    return functools.partial(registered_env, task.env)
+
+
+def registered_env(env_id: str, render_mode: str | None = None, **kwargs) -> gym.Env:
+    """A gymnasium environment by id; ConfigError where gymnasium does not know it."""
+    try:
+        return make_env(env_id, render_mode, **kwargs)
+    except gym.error.Error as error:
+        raise ConfigError(f"task.env: gymnasium cannot make {env_id!r} ({error}); give a registered id, or 'module:Class' of your own") from error
+
+
+def own_class(name: str) -> EnvFactory:
+    """The callable that "module:Class" names; ConfigError says which half of it cannot be found."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(f"task.env: cannot import {module!r} of {name!r} ({error}); it must be importable where you start the run") from error
+    except AttributeError as error:
+        raise ConfigError(f"task.env: {module!r} has no {attribute!r} (from {name!r})") from error
+    if not callable(found):
+        raise ConfigError(f"task.env: {name!r} is {type(found).__name__}; expected a class or function that makes an environment")
+    return found
+
+
+def spaces(factory: EnvFactory) -> tuple[int, np.ndarray, np.ndarray]:
+    """Observation size and the action box (low, high), each (Da,) and finite."""
+    (env,) = make_envs(factory, 1)
+    try:
+        low, high = (np.asarray(x, np.float32) for x in (env.action_space.low, env.action_space.high))
+        if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+            raise ConfigError(f"task.env: the action space must be bounded, got low {low}, high {high}; wrap it (gymnasium.wrappers.RescaleAction)")
+        return env.observation_space.shape[0], low, high
+    finally:
+        env.close()

@@ -1,0 +1,103 @@
+"""Evaluation on fixed seeds, and how good world model and value are. Plain functions, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from modip_ray.config import Config
+from modip_ray.learning.replay import Batch
+from modip_ray.model.agent import Agent
+from modip_ray.planning.planner import Planner
+from modip_ray.tasks.envs import EnvFactory, env_seed
+from modip_ray.tasks.rollout import rollout_episodes
+from modip_ray.timing import Timer
+
+EvalMode = Literal["bc", "policy", "mpc"]
+MODES: tuple[EvalMode, ...] = ("bc", "policy", "mpc")
+GROUP = 10                          # episodes run side by side; part of the result, as they share one planner's noise
+DIAGNOSTIC_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Job:
+    """Episodes to run side by side with one fresh planner: the unit that may go to any evaluator, with the same result everywhere."""
+
+    mode: EvalMode
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    job: Job
+    returns: list[float]
+    lengths: list[int]
+
+
+def jobs_for(mode: EvalMode, episodes: int, seed: int) -> list[Job]:
+    """Seeds seed .. seed+episodes-1 in groups of GROUP."""
+    seeds = range(seed, seed + episodes)
+    return [Job(mode, tuple(seeds[i:i + GROUP])) for i in range(0, episodes, GROUP)]
+
+
+def run_job(cfg: Config, agent: Agent, env_factory: EnvFactory, job: Job, env_steps: int, bc: np.ndarray | None, timer: Timer | None = None) -> Outcome:
+    """Episodes of a job. `agent` holds the current weights, `bc` the frozen policy part (for mode bc); env_steps sets the trust region's width.
+
+    The planner's noise depends on the job's seeds alone: the same weights and the same job give the same returns, wherever it runs.
+    """
+    planner = Planner(cfg, agent, seed=env_seed(len(job.seeds), *job.seeds), timer=timer)
+    planner.env_steps = env_steps
+    if job.mode == "bc":
+        if bc is None:
+            raise ValueError("mode 'bc' needs the frozen policy, which exists once the offline phase is over")
+        planner.agent.load_flat(bc, "policy")
+    mode = "mpc" if job.mode == "mpc" else "policy"
+
+    def act(obs: np.ndarray, slots: np.ndarray, reset: np.ndarray) -> np.ndarray:
+        return planner.plan(obs, slots.tolist(), reset, mode).actions
+    episodes = rollout_episodes(act, env_factory, job.seeds, cfg.task.max_episode_steps)
+    return Outcome(job, [e.ret for e in episodes], [e.length for e in episodes])
+
+
+def joined(outcomes: Sequence[Outcome], mode: EvalMode) -> tuple[list[float], list[int]]:
+    """Returns and seeds of a mode's outcomes, by ascending seed."""
+    pairs = sorted((seed, ret) for o in outcomes if o.job.mode == mode for seed, ret in zip(o.job.seeds, o.returns, strict=True))
+    return [ret for _, ret in pairs], [seed for seed, _ in pairs]
+
+
+@torch.inference_mode()
+def diagnose(cfg: Config, agent: Agent, batch: Batch) -> dict[str, object]:
+    """Open-loop error of the world model by horizon, and V against realised discounted returns, on a `ReplayBuffer.sequences` batch.
+
+    latent_r2[h], reward_r2[h] : share of the variance explained h+1 steps ahead of the encoder's own latents / the rewards (1: perfect)
+    value_pred, value_return   : V(s_0), mean of the ensemble, and the return to the segment's end, bootstrapped by V where it did not terminate
+    """
+    device = agent.normalizer.obs_mean.device
+    b = {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
+    norm, model = agent.normalizer, agent.world_model
+    z = model.encode(norm.obs(b["obs"]))                                            # (B, H+1, Dz)
+    latents, rewards, _ = model.rollout(z[:, 0], norm.action(b["action"]))          # (B, H+1, Dz), (B, H)
+    mask = b["mask"].bool()
+    horizon = mask.shape[1]
+    latent = [r_squared(latents[mask[:, h], h + 1], z[mask[:, h], h + 1]) for h in range(horizon)]
+    reward = [r_squared(rewards[mask[:, h], h] * model.reward_scale, b["reward"][mask[:, h], h]) for h in range(horizon)]
+    bootstrap = agent.critic(model.encode(norm.obs(b["bootstrap_obs"][:, 0]))).mean(0)
+    value, realised = agent.critic(z[:, 0]).mean(0), b["n_step_return"][:, 0] + b["discount"][:, 0] * bootstrap
+    return {"horizon": list(range(1, horizon + 1)), "latent_r2": latent, "reward_r2": reward, "value_pred": value.tolist(), "value_return": realised.tolist(),
+            "value_corr": correlation(value, realised)}
+
+
+def r_squared(predicted: torch.Tensor, true: torch.Tensor) -> float:
+    """1 - squared error / variance, all columns together; nan where there is no variance."""
+    total = (true - true.mean(0)).square().sum()
+    return float(1 - (predicted - true).square().sum() / total) if len(true) > 1 and total > 0 else float("nan")
+
+
+def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    if len(x) < 2 or x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return float(torch.corrcoef(torch.stack([x, y]))[0, 1])

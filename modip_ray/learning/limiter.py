@@ -1,0 +1,61 @@
+"""Samples per insert: learning may not run ahead of collection, nor collection far ahead of learning. Counts only; who waits is told why."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from modip_ray.config import Config
+
+Stream = Literal["model", "policy"]
+STREAMS: tuple[Stream, ...] = ("model", "policy")
+
+LEARNING_WAITS = "wait/collection"      # learning has used up what collection allows
+COLLECTION_WAITS = "wait/learning"      # collection is too far ahead of learning
+
+
+class RateLimiter:
+    """Updates allowed = offline updates + rate * inserted environment steps, for each of the two update streams.
+
+    rate of "model" is online.updates_per_step; of "policy" that times policy.updates_per_update. No online update before online.min_online
+    steps are there. Collection stops while it is more than replay.samples_per_insert_slack steps ahead of the slower stream.
+    """
+
+    def __init__(self, cfg: Config):
+        rate = cfg.online.updates_per_step
+        self.offline: dict[Stream, int] = {"model": cfg.pretrain.updates, "policy": cfg.pretrain.policy_updates}
+        self.rate: dict[Stream, float] = {"model": rate, "policy": rate * cfg.policy.updates_per_update}
+        self.min_online = min(cfg.online.min_online, cfg.online.env_steps)
+        self.slack = cfg.replay.samples_per_insert_slack
+        self.inserted = 0
+        self.granted: dict[Stream, int] = {"model": 0, "policy": 0}
+
+    def insert(self, steps: int) -> None:
+        self.inserted += steps
+
+    def allowed(self, stream: Stream) -> int:
+        """Updates of a stream that may have been made by now."""
+        usable = self.inserted if self.inserted >= self.min_online else 0
+        return self.offline[stream] + int(self.rate[stream] * usable + 1e-9)
+
+    def may_sample(self, stream: Stream) -> bool:
+        return self.granted[stream] < self.allowed(stream)
+
+    def grant(self, stream: Stream) -> int:
+        """Count one batch handed out; returns the number of the update it is for (0, 1, ...)."""
+        self.granted[stream] += 1
+        return self.granted[stream] - 1
+
+    def is_online(self, stream: Stream, update: int) -> bool:
+        return update >= self.offline[stream]
+
+    def ahead(self) -> float:
+        """Environment steps that the slower stream has not made its updates for."""
+        behind = [self.inserted - (self.granted[s] - self.offline[s]) / self.rate[s] for s in STREAMS if self.rate[s] > 0]
+        return max(behind, default=0.0)
+
+    def may_collect(self) -> bool:
+        return self.inserted < self.min_online or self.ahead() <= self.slack
+
+    def set_counts(self, inserted: int, model: int, policy: int) -> None:
+        """On resume: what was inserted, and the updates really made (batches on their way when the run stopped do not count)."""
+        self.inserted, self.granted = inserted, {"model": model, "policy": policy}

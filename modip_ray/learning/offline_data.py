@@ -1,0 +1,81 @@
+"""Where a run's offline data come from: a file, or a policy that is rolled out once and kept in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from modip_ray.config import Config, ConfigError
+from modip_ray.learning.env_source import spaces
+from modip_ray.tasks.collect import Policy, collect
+from modip_ray.tasks.d4rl_data import DataError, Dataset, read_d4rl, write_d4rl
+from modip_ray.tasks.demonstrator import DEMONSTRATORS, TanhGaussianPolicy, demonstrator_path
+from modip_ray.tasks.envs import EnvFactory
+
+Progress = Callable[[int, int], None]
+
+
+def source_label(cfg: Config) -> str:
+    """What reports call the data."""
+    if cfg.data.source == "demonstrator":
+        return "demonstrator data"
+    return f"data of {cfg.data.source}" if cfg.data.source.startswith("policy:") else cfg.data.source
+
+
+def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Progress | None = None) -> Dataset:
+    """The offline episodes; collected ones are written to data.cache (or `folder`/data.hdf5) and read from there ever after.
+
+    DataError where a file is unsound, fits another environment, or was collected with other settings.
+    """
+    obs_dim, low, high = spaces(env_factory)
+    limits = (float(low.min()), float(high.max()))
+    if is_file_source(cfg):
+        path = Path(cfg.data.source)
+    else:
+        path = Path(cfg.data.cache) if cfg.data.cache else folder / "data.hdf5"
+        if not path.is_file():
+            collect_to(cfg, policy_of(cfg.data.source, cfg.task.family), env_factory, path, progress)
+    dataset = read_d4rl(path, cfg.data.max_transitions, cfg.task.max_episode_steps, limits)
+    if not is_file_source(cfg):
+        check_origin(cfg, dataset, path)
+    first = dataset.episodes[0]
+    for key, expected in (("observations", obs_dim), ("actions", len(low))):
+        got = getattr(first, key).shape[1]
+        if got != expected:
+            raise DataError(f"{path}: {key} have {got} columns, but {cfg.task.env} has {expected}; is data.source for another task than task.env?")
+    return dataset
+
+
+def is_file_source(cfg: Config) -> bool:
+    return cfg.data.source != "demonstrator" and not cfg.data.source.startswith("policy:")
+
+
+def policy_of(source: str, family: str | None) -> TanhGaussianPolicy:
+    """The policy named by "demonstrator" or "policy:<hdf5>"."""
+    if source == "demonstrator":
+        if family not in DEMONSTRATORS:
+            raise ConfigError(f"data.source: there is no demonstrator for task.family={family!r} (only {', '.join(DEMONSTRATORS)}); "
+                              "give the path of a D4RL-layout HDF5 file")
+        return TanhGaussianPolicy.from_npz(demonstrator_path(family))
+    return TanhGaussianPolicy.from_d4rl(source.removeprefix("policy:"))
+
+
+def collect_to(cfg: Config, policy: Policy, env_factory: EnvFactory, path: Path, progress: Progress | None = None) -> None:
+    """Roll a policy out and write D4RL's layout, with where it came from in the metadata."""
+    episodes = collect(policy, env_factory, cfg.data.transitions, cfg.task.max_episode_steps, cfg.seed, progress=progress)
+    metadata = origin(cfg)
+    if isinstance(policy, TanhGaussianPolicy):
+        metadata["policy"] = policy.to_metadata()
+    write_d4rl(path, episodes, metadata)
+
+
+def origin(cfg: Config) -> dict:
+    return {"env": cfg.task.env, "source": cfg.data.source, "transitions_asked": cfg.data.transitions, "seed": cfg.seed}
+
+
+def check_origin(cfg: Config, dataset: Dataset, path: Path) -> None:
+    """A kept file must come from the environment, policy and number of transitions that are asked for (another seed will do)."""
+    for key, value in origin(cfg).items():
+        found = dataset.metadata.get(key, value)
+        if key != "seed" and found != value:
+            raise DataError(f"{path}: was collected with {key}={found!r}, this run asks for {value!r}; delete the file, or set data.cache to another one")

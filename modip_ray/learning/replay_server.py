@@ -1,0 +1,82 @@
+"""The replay role: stores segments, hands out batches with the right mix, counts both against the rate limiter. Plain object, no torch, no Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import numpy as np
+
+from modip_ray.config import Config
+from modip_ray.learning.limiter import STREAMS, RateLimiter, Stream
+from modip_ray.learning.replay import Batch, MixedReplay, Segment
+
+RECENT = 4000                       # online transitions behind the planner's statistics
+
+
+class ReplayServer:
+    """Each update stream draws with its own generator, so the batches of one do not depend on when the other one asks."""
+
+    def __init__(self, cfg: Config, replay: MixedReplay):
+        self.cfg, self.replay, self.limiter = cfg, replay, RateLimiter(cfg)
+        self.rngs: dict[Stream, np.random.Generator] = {s: np.random.default_rng([cfg.seed, i]) for i, s in enumerate(STREAMS)}
+
+    @property
+    def env_steps(self) -> int:
+        """Online transitions stored so far (those that the ring has dropped again included)."""
+        return self.limiter.inserted
+
+    def add(self, segments: Iterable[Segment]) -> int:
+        """Store segments whose id is new; returns the transitions stored. ValueError names a segment that is not what it should be."""
+        stored = 0
+        for segment in segments:
+            if self.replay.add(segment):
+                stored += len(segment)
+        self.limiter.insert(stored)
+        return stored
+
+    def share(self, start: float, end: float) -> float:
+        """Online share of a batch: linear from start to end over the online phase."""
+        return start + (end - start) * min(self.env_steps / max(self.cfg.online.env_steps, 1), 1.0)
+
+    def sample(self, stream: Stream) -> Batch:
+        """The next batch of a stream, counted as granted; ask `limiter.may_sample` first."""
+        cfg = self.cfg
+        online = self.limiter.is_online(stream, self.limiter.grant(stream))
+        n_step = cfg.critic.n_step if online else cfg.critic.pretrain_n_step
+        self.replay.rng = self.rngs[stream]
+        if stream == "model":
+            share = self.share(cfg.online.online_share_start, cfg.online.online_share_end) if online else 0.0
+            return self.replay.sequences(cfg.world_model.batch_size, cfg.world_model.horizon, n_step, share)
+        share = self.share(cfg.distill.online_share_start, cfg.distill.online_share_end) if online else 0.0
+        return self.replay.chunks(cfg.policy.batch_size, cfg.policy.horizon, n_step, share)
+
+    def diagnostic_batch(self, rows: int, horizon: int, seed: int) -> Batch:
+        """Sequences with a generator of their own (training does not notice): of online data where there is enough of it, else offline."""
+        source = self.replay.online if self.replay.online.size >= rows else self.replay.offline
+        return source.sequences(source.draw(np.random.default_rng(seed), rows), horizon, n_step=10_000)
+
+    def plan_statistics(self) -> dict[str, float]:
+        """Of the newest online transitions: the plans' mean predicted gain, and the share that the planner acted on (the guard let it)."""
+        online = self.replay.online
+        if not online.size:
+            return {}
+        newest = (online.head - 1 - np.arange(min(RECENT, online.size))) % online.capacity
+        gain = online.arrays["gain"][newest]
+        gain = gain[np.isfinite(gain)]
+        if not len(gain):
+            return {}
+        return {"plan_gain_mean": float(gain.mean()), "plan_share_accepted": float((gain > self.cfg.guard.min_gain).mean())}
+
+    def state(self) -> Batch:
+        """Online contents, generators and counts for a checkpoint."""
+        rngs = {s: rng.bit_generator.state for s, rng in self.rngs.items()}
+        online = {f"online.{k}": v for k, v in self.replay.online.state().items()}
+        return {**online, "rngs": np.array(json.dumps(rngs)), "inserted": np.array(self.limiter.inserted)}
+
+    def load_state(self, state: Batch, updates: int, policy_updates: int) -> None:
+        """Inverse of `state`; the updates are those of the learner's own checkpoint."""
+        self.replay.online.load_state({k.removeprefix("online."): v for k, v in state.items() if k.startswith("online.")})
+        for stream, rng_state in json.loads(str(state["rngs"])).items():
+            self.rngs[stream].bit_generator.state = rng_state
+        self.limiter.set_counts(int(state["inserted"]), updates, policy_updates)

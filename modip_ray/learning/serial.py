@@ -1,0 +1,127 @@
+"""All roles in one process: the same objects as under Ray, one after the other, so a seed gives one result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modip_ray.learning.build import agent_of, build_replay, device_of
+from modip_ray.learning.checkpoint import write_state
+from modip_ray.learning.collector import Collector, Planned
+from modip_ray.learning.evaluation import DIAGNOSTIC_ROWS, Job, Outcome, diagnose, run_job
+from modip_ray.learning.learner import Learner
+from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.system import Phase, Report, Setup, Snapshot, Status, saved_bc
+from modip_ray.learning.updater import Updater, learner_state, load_learner
+from modip_ray.planning.planner import Planner
+from modip_ray.timing import Timer
+
+
+class SerialSystem:
+    """Updates come first whenever the limiter allows one; else the environments take a step."""
+
+    def __init__(self, setup: Setup):
+        self.setup, self.cfg = setup, setup.cfg
+        cfg = setup.cfg
+        torch.set_num_threads(cfg.resources.torch_threads)
+        self.timers = {role: Timer() for role in ("driver", "planner", "learner", "rollout", "evaluator")}
+        agent = agent_of(cfg, setup.spec, device_of(cfg))
+        self.learner = Learner(cfg, agent, cfg.seed)
+        self.updater = Updater(cfg, self.learner, self.timers["learner"])
+        self.replay = build_replay(cfg, setup.episodes)
+        self.bc = saved_bc(setup.checkpoint)
+        if setup.checkpoint is not None:
+            for stream in STREAMS:
+                load_learner(self.learner, stream, setup.checkpoint.read(f"learner_{stream}"))
+            self.replay.load_state(setup.checkpoint.read("replay"), self.learner.updates, self.learner.policy_updates)
+        self.taken = self.replay.env_steps                                          # stored steps, and those in open segments
+        self.planner = Planner(cfg, agent, seed=cfg.seed + self.taken, timer=self.timers["planner"])
+        self.planner.agent = agent                                                  # the learner's own weights: nothing to publish in one process
+        self.collector: Collector | None = None
+        self.returns: list[float] = []
+        self.finished: list[Report] = []
+
+    def advance(self, phase: Phase, seconds: float, until: int) -> Status:
+        deadline, done = time.monotonic() + seconds, False
+        while not done and time.monotonic() < deadline:
+            stream = self.next_stream()
+            if stream is not None:
+                with self.timers["driver"]("learn"):
+                    with self.timers["learner"]("sample"):
+                        batch = self.replay.sample(stream)
+                    self.updater.update(stream, batch)
+            elif phase == "pretrain" or self.replay.env_steps >= self.cfg.online.env_steps:
+                done = True
+            elif self.replay.env_steps >= until:
+                break
+            else:
+                with self.timers["driver"]("collect"):
+                    self.collect()
+        returns, self.returns = self.returns, []
+        return Status(self.replay.env_steps, self.learner.updates, self.learner.policy_updates, done, self.updater.take_metrics(), returns)
+
+    def next_stream(self) -> Stream | None:
+        """The stream that is furthest behind among those that may update."""
+        limiter = self.replay.limiter
+        open_streams = [s for s in STREAMS if limiter.may_sample(s)]
+        return min(open_streams, key=lambda s: limiter.granted[s] / limiter.allowed(s)) if open_streams else None
+
+    def collect(self) -> None:
+        """One chunk in every environment; segments that are closed go to the replay."""
+        cfg = self.cfg
+        if self.collector is None:
+            num_envs = cfg.rollout.num_workers * cfg.rollout.envs_per_worker
+            self.collector = Collector(self.setup.env_factory, num_envs, cfg.task.max_episode_steps, cfg.rollout.segment_length,
+                                       (cfg.seed, 0, self.taken), f"serial-{self.taken}", self.setup.hook)
+        with self.timers["rollout"]("step"):
+            self.taken += self.collector.step(self.plan)
+        segments = self.collector.take_segments(flush=self.taken >= cfg.online.env_steps)
+        self.replay.add(segments)
+        self.returns += [episode.ret for episode in self.collector.take_episodes()]
+
+    def plan(self, obs: np.ndarray, reset: np.ndarray) -> Planned:
+        self.planner.version, self.planner.env_steps = self.learner.updates, self.replay.env_steps
+        with self.timers["planner"]("plan"):
+            p = self.planner.plan(obs, range(len(obs)), reset, "mpc", self.cfg.planner.explore)
+        return Planned(p.actions, p.plans, p.gains, p.version)
+
+    def freeze_bc(self) -> None:
+        self.bc = self.learner.agent.flat("policy")
+
+    def save(self, folder: Path) -> None:
+        for stream, part in learner_state(self.learner).items():
+            write_state(folder, f"learner_{stream}", part)
+        write_state(folder, "replay", self.replay.state())
+        if self.bc is not None:
+            write_state(folder, "bc", {"policy": self.bc})
+
+    def request_evaluation(self, jobs: Sequence[Job]) -> bool:
+        self.finished.append(self.evaluate(jobs))
+        return True
+
+    def reports(self) -> list[Report]:
+        finished, self.finished = self.finished, []
+        return finished
+
+    def evaluate(self, jobs: Sequence[Job], progress: Callable[[Outcome], None] | None = None) -> Report:
+        outcomes, env_steps = [], self.replay.env_steps
+        for job in jobs:
+            with self.timers["driver"]("evaluate"), self.timers["evaluator"](f"episodes/{job.mode}"):
+                outcomes.append(run_job(self.cfg, self.learner.agent, self.setup.env_factory, job, env_steps, self.bc))
+            if progress is not None:
+                progress(outcomes[-1])
+        batch = self.replay.diagnostic_batch(DIAGNOSTIC_ROWS, 2 * self.cfg.planner.horizon, self.cfg.eval.seed)
+        diagnostics = diagnose(self.cfg, self.learner.agent, batch) | self.replay.plan_statistics()
+        return Report(env_steps, self.learner.updates, outcomes, diagnostics)
+
+    def timings(self) -> dict[str, tuple[Snapshot, int]]:
+        return {role: (timer.snapshot(), 1) for role, timer in self.timers.items()}
+
+    def close(self) -> None:
+        if self.collector is not None:
+            self.collector.shutdown()
+            self.collector = None

@@ -1,0 +1,86 @@
+"""What the driver asks of a running system, whether its roles live in one process (`serial.py`) or on Ray (actors/system.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from modip_ray.config import Config
+from modip_ray.learning.build import Spec
+from modip_ray.learning.checkpoint import Checkpoint
+from modip_ray.learning.collector import SegmentHook
+from modip_ray.learning.evaluation import Job, Outcome
+from modip_ray.tasks.envs import EnvFactory
+from modip_ray.tasks.episode import Episode
+
+Phase = Literal["pretrain", "online"]
+Snapshot = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a system is built from. `checkpoint`: where to go on from; `bc`: the frozen policy part, once the offline phase is over."""
+
+    cfg: Config
+    spec: Spec
+    episodes: list[Episode]
+    env_factory: EnvFactory
+    hook: SegmentHook | None = None
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """Counters, and what happened since the last status: means of metrics, returns of finished training episodes, incidents in words."""
+
+    env_steps: int
+    updates: int
+    policy_updates: int
+    done: bool
+    metrics: dict[str, float] = field(default_factory=dict)
+    returns: list[float] = field(default_factory=list)
+    incidents: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished evaluation: of which counters, the outcomes, and the diagnostics taken with the same weights."""
+
+    env_steps: int
+    updates: int
+    outcomes: list[Outcome]
+    diagnostics: dict[str, Any]
+
+
+class System(Protocol):
+    def advance(self, phase: Phase, seconds: float, until: int) -> Status:
+        """Work on a phase for about so many seconds, or until it is done, or until `until` environment steps are stored."""
+
+    def freeze_bc(self) -> None:
+        """Keep the policy's weights of now as the BC baseline."""
+
+    def save(self, folder: Path) -> None:
+        """Write every component's checkpoint part."""
+
+    def request_evaluation(self, jobs: Sequence[Job]) -> bool:
+        """Evaluate the weights of now beside the training, if the last request is finished; False when it is not."""
+
+    def reports(self) -> list[Report]:
+        """Evaluations finished since the last call."""
+
+    def evaluate(self, jobs: Sequence[Job], progress: Callable[[Outcome], None]) -> Report:
+        """Stop all training and evaluate the final weights; `progress` gets each outcome as it comes."""
+
+    def timings(self) -> dict[str, tuple[Snapshot, int]]:
+        """Time by role, and how many processes have that role."""
+
+    def close(self) -> None:
+        """Give everything back; safe to call twice."""
+
+
+def saved_bc(checkpoint: Checkpoint | None) -> np.ndarray | None:
+    return checkpoint.read("bc")["policy"] if checkpoint is not None and checkpoint.has("bc") else None

@@ -1,0 +1,102 @@
+"""One learner role: which update follows, at which step size, and what it adds up to. Plain object, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from modip_ray.config import Config
+from modip_ray.learning.checkpoint import CheckpointError
+from modip_ray.learning.learner import Learner, Metrics, mean_metrics
+from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.timing import Timer
+
+State = dict[str, np.ndarray]
+
+
+class Updater:
+    """Drives a `Learner` by batches. Serially one Updater makes both streams of updates; under Ray each stream has its own process and Updater."""
+
+    def __init__(self, cfg: Config, learner: Learner, timer: Timer | None = None):
+        self.cfg, self.learner, self.timer = cfg, learner, timer or Timer()
+        self.rows: dict[Stream, list[Metrics]] = {s: [] for s in STREAMS}
+
+    def count(self, stream: Stream) -> int:
+        """Updates made."""
+        return self.learner.updates if stream == "model" else self.learner.policy_updates
+
+    def offline(self, stream: Stream) -> int:
+        return self.cfg.pretrain.updates if stream == "model" else self.cfg.pretrain.policy_updates
+
+    def update(self, stream: Stream, batch: Mapping[str, np.ndarray]) -> None:
+        """The next update of a stream: offline ones first, with a cosine step size and plain behaviour cloning, then online ones."""
+        count, offline = self.count(stream), self.offline(stream)
+        online = count >= offline
+        self.learner.set_lr(count / max(offline, 1), online)
+        with self.timer(f"update/{stream}"):
+            metrics = self.learner.update_model(batch) if stream == "model" else self.learner.update_policy(batch, distil=online)
+        self.rows[stream].append(metrics)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Means over the updates since the last call."""
+        means = {k: v for s in STREAMS for k, v in mean_metrics(self.rows[s]).items()}
+        self.rows = {s: [] for s in STREAMS}
+        return means
+
+
+# ---- checkpoint parts ------------------------------------------------------------------------------------------------------------------------
+
+def part_of(name: str) -> Stream:
+    """Which stream trains (and so checkpoints) a tensor, by its name in `learner_tensors`."""
+    return "policy" if name.startswith(("agent.policy.", "policy_raw.", "policy_opt.", "rng")) else "model"
+
+
+def learner_state(learner: Learner, streams: Iterable[Stream] = STREAMS) -> dict[Stream, State]:
+    """Weights, running averages, optimiser moments and step counts, generator and counters, by the stream that trains them."""
+    arrays: State = {}
+    for module_name, module in learner.modules().items():
+        arrays |= {f"{module_name}.{k}": t.detach().cpu().numpy() for k, t in module.state_dict().items()}
+    for opt_name, opt in learner.optimizers().items():
+        for i, moments in opt.state_dict()["state"].items():
+            arrays |= {f"{opt_name}.{i}.{k}": torch.as_tensor(t).detach().cpu().numpy() for k, t in moments.items()}
+    arrays["rng"] = learner.rng.get_state().numpy()
+    parts: dict[Stream, State] = {s: {k: v.copy() for k, v in arrays.items() if part_of(k) == s} for s in streams}
+    for s, part in parts.items():
+        part["updates"] = np.array(learner.updates if s == "model" else learner.policy_updates)
+    return parts
+
+
+def load_learner(learner: Learner, stream: Stream, state: Mapping[str, np.ndarray]) -> None:
+    """Restore what one stream trains. CheckpointError where the checkpoint and this configuration's networks differ."""
+    own = learner_tensors(learner, stream)
+    missing, odd = sorted(set(own) - set(state)), [k for k, t in own.items() if k in state and state[k].shape != tuple(t.shape)]
+    if missing or odd:
+        raise CheckpointError(f"the {stream} learner's checkpoint does not fit this configuration: missing {missing[:3] or 'none'}, of another shape {odd[:3] or 'none'}")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(torch.from_numpy(np.array(state[key])))
+    for name, opt in learner.optimizers().items():
+        if part_of(f"{name}.") == stream:
+            opt.load_state_dict({"state": moments(state, name), "param_groups": opt.state_dict()["param_groups"]})
+    if stream == "model":
+        learner.updates = int(state["updates"])
+    else:
+        learner.policy_updates = int(state["updates"])
+        learner.rng.set_state(torch.from_numpy(np.array(state["rng"])))
+
+
+def learner_tensors(learner: Learner, stream: Stream) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that a stream checkpoints, shared with the modules."""
+    return {name: t for prefix, module in learner.modules().items() for key, t in module.state_dict().items() if part_of(name := f"{prefix}.{key}") == stream}
+
+
+def moments(state: Mapping[str, np.ndarray], opt_name: str) -> dict[int, dict[str, torch.Tensor]]:
+    """An optimiser's per-parameter state out of flat names such as "model_opt.3.exp_avg"."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith(f"{opt_name}."):
+            _, index, name = key.split(".")
+            found.setdefault(int(index), {})[name] = torch.from_numpy(np.array(value))
+    return found

@@ -1,0 +1,158 @@
+"""The whole system on one screen: data -> pretrain -> online -> evaluate -> report, resumed where it was left.
+
+    rollout workers --observations--> planner <--weights-- learners (world model + critic; policy)
+          |         <----plans------     |                    ^
+          +--segments--> replay ---------+------batches-------+          evaluator: own environments, fixed seeds
+"""
+
+from __future__ import annotations
+
+from modip_ray.config import Config
+from modip_ray.learning.build import build_spec
+from modip_ray.learning.collector import SegmentHook
+from modip_ray.learning.env_source import env_factory as named_env_factory
+from modip_ray.learning.env_source import spaces
+from modip_ray.learning.evaluation import MODES, Job, Outcome, jobs_for
+from modip_ray.learning.offline_data import load_data, source_label
+from modip_ray.learning.system import Setup, System
+from modip_ray.report.page import write_report
+from modip_ray.report.scores import final_table
+from modip_ray.runfolder import RunFolder, git_commit, machine, versions
+from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
+from modip_ray.tasks.dataset import Dataset
+from modip_ray.tasks.envs import EnvFactory
+
+TICK_S = 1.0
+
+
+def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: SegmentHook | None = None) -> dict:
+    """Train, or go on training, in cfg.run_dir; returns what summary.json holds (also for a run that had finished before).
+
+    env_factory  : makes your own environment, in place of cfg.task.env; any picklable callable, a notebook's class included
+    segment_hook : called in the rollout workers with every Segment before it is stored; returns the one to store
+    Raises ConfigError, DataError, EnvError, CheckpointError or RunError with what to do; Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    factory = env_factory or named_env_factory(cfg.task)
+    with RunFolder(cfg) as folder, StopSignals() as stop:
+        summary = folder.finished_summary()
+        if summary is not None:
+            print(final_table(summary))
+            return summary
+        session = Session(cfg, folder, stop)
+        try:
+            with session.timed("data"):
+                data = offline_phase(session, factory)
+            with session.timed("start"):
+                session.system = system = build_system(cfg, data, factory, segment_hook, folder)
+            pretrain(session, system)
+            online(session, system)
+            summary = evaluate(session, system, data)
+            folder.write_summary(summary)
+            session.progress.say(f"report: {write_report([folder.path])}")
+        except Stopped:
+            session.progress.finish("stopped")
+            at = f"{session.status.env_steps:,} environment steps and {session.status.updates:,} updates"
+            print(f"stopped at {at}; the same command resumes: modip train ... run_dir={folder.path}")
+            raise
+        finally:
+            if session.system is not None:
+                session.system.close()
+            session.close()
+        print(final_table(summary))
+        return summary
+
+
+def offline_phase(session: Session, factory: EnvFactory) -> Dataset:
+    cfg = session.cfg
+    session.progress.start("data", cfg.data.transitions, "transitions")
+
+    def progress(done: int, total: int) -> None:
+        session.progress.update(done)
+        session.stop.check()
+    data = load_data(cfg, factory, session.folder.path, progress)
+    session.data_score = score(cfg, data.returns)
+    session.progress.scores(data=session.data_score["mean"])
+    session.progress.update(data.transitions)
+    session.progress.finish(source_label(cfg))
+    session.log.write({"kind": "data", **session.data_score, "transitions": data.transitions, "source": source_label(cfg)})
+    return data
+
+
+def build_system(cfg: Config, data: Dataset, factory: EnvFactory, hook: SegmentHook | None, folder: RunFolder) -> System:
+    _, low, high = spaces(factory)
+    setup = Setup(cfg, build_spec(cfg, data.episodes, low, high), data.episodes, factory, hook, folder.checkpoint)
+    if cfg.serial:
+        from modip_ray.learning.serial import SerialSystem
+        return SerialSystem(setup)
+    from modip_ray.actors.system import RaySystem
+    return RaySystem(setup)
+
+
+def pretrain(session: Session, system: System) -> None:
+    """Offline updates of world model, critic and policy; the policy at the end is the BC baseline."""
+    cfg, total = session.cfg, session.cfg.pretrain.updates + session.cfg.pretrain.policy_updates
+    if session.phase not in ("data", "pretrain"):
+        return
+    session.phase = "pretrain"
+    with session.timed("pretrain"):
+        session.progress.start("pretrain", total, "updates", session.status.updates + session.status.policy_updates)
+        while not session.status.done:
+            status = system.advance("pretrain", TICK_S, until=0)
+            session.tick(status, status.updates + status.policy_updates, **losses(status.metrics))
+        session.progress.finish()
+        system.freeze_bc()
+        system.request_evaluation(periodic_jobs(cfg) if cfg.eval.every_steps else [])
+        session.record(system.reports())
+        session.next_eval = cfg.eval.every_steps
+        session.enter("online")
+
+
+def online(session: Session, system: System) -> None:
+    """The planner collects, everything is updated on mixed replay, the evaluator measures beside."""
+    cfg, steps = session.cfg, session.cfg.online.env_steps
+    with session.timed("online"):
+        session.phase = "online"
+        session.progress.start("online", steps, "steps", session.status.env_steps)
+        done = False
+        while not done:
+            due = 0 < session.next_eval < steps
+            if due and session.status.env_steps >= session.next_eval and system.request_evaluation(periodic_jobs(cfg)):
+                session.next_eval = (session.status.env_steps // cfg.eval.every_steps + 1) * cfg.eval.every_steps
+            status = system.advance("online", TICK_S, until=session.next_eval if 0 < session.next_eval < steps else steps)
+            session.record(system.reports())
+            session.tick(status, status.env_steps, **losses(status.metrics))
+            done = status.done
+        session.progress.finish()
+    session.enter("evaluate")
+
+
+def evaluate(session: Session, system: System, data: Dataset) -> dict:
+    """All three ways of acting on the same seeds; the summary."""
+    cfg, finished = session.cfg, []
+    with session.timed("eval"):
+        jobs = [job for mode in reversed(MODES) for job in jobs_for(mode, cfg.eval.episodes, cfg.eval.seed)]    # the planner's first: they take longest
+        session.progress.start("evaluate", sum(len(job.seeds) for job in jobs), "episodes")
+
+        def progress(outcome: Outcome) -> None:
+            finished.append(len(outcome.returns))
+            session.progress.update(sum(finished))
+            session.stop.check()
+        session.stop.check()
+        report = system.evaluate(jobs, progress)
+        session.record(system.reports())
+        session.record([report])
+        session.progress.finish()
+    found = scores_of(cfg, report.outcomes)
+    scores = {"data": session.data_score, **{mode: found[mode] for mode in MODES}}
+    return {"task": cfg.task.name, "env_id": cfg.task.env, "run_dir": str(session.folder.path), "scores": scores, "env_steps": report.env_steps,
+            "updates": report.updates, "wall_s": round(session.log.wall_s, 2), "phase_s": session.seconds_by_phase(), "versions": versions(),
+            "git": git_commit(), "machine": machine(), "config_hash": cfg.hash()}
+
+
+def periodic_jobs(cfg: Config) -> list[Job]:
+    return [job for mode in ("policy", "mpc") for job in jobs_for(mode, cfg.eval.every_episodes, cfg.eval.seed)]
+
+
+def losses(metrics: dict[str, float]) -> dict[str, float]:
+    """What the progress line shows of the metrics."""
+    return {k.removeprefix("loss/"): v for k, v in metrics.items() if k in ("loss/value", "loss/policy")}

@@ -1,0 +1,147 @@
+"""A run's folder: who may write to it, which settings it was started with, what is in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modip_ray.config import Config, ConfigError, build
+from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, newest, write_synced
+from modip_ray.report.rundata import flatten
+
+FREE = ("run_dir", "serial", "resources.", "log.", "eval.", "online.env_steps")     # may differ when a run goes on
+PACKAGES = ("torch", "numpy", "ray", "gymnasium", "mujoco")
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what to do."""
+
+
+def run_path(cfg: Config) -> Path:
+    return Path(cfg.run_dir) if cfg.run_dir else Path("runs") / f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+class RunFolder:
+    """Opens (or makes) the folder, refuses a second writer and settings that differ from those it was started with."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.path = cfg, run_path(cfg).resolve()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = self.locked()
+        earlier = saved_config_tree(self.path)
+        if earlier is None and (self.path / "checkpoints").is_dir():
+            raise RunError(f"{self.path}: holds checkpoints but no config.yaml; restore it, or use another run_dir")
+        if earlier is not None:
+            check_same(earlier, cfg, self.path)
+        self.checkpoint: Checkpoint | None = newest(self.checkpoints)
+        write_synced(self.path / "config.yaml", cfg.dump())
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def locked(self) -> Any:
+        handle = open(self.path / ".lock", "w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.close()
+            raise RunError(f"{self.path}: another process is training in this folder; wait for it, stop it, or use another run_dir") from error
+        return handle
+
+    def finished_summary(self) -> dict | None:
+        """The summary of a run that these very settings have finished."""
+        summary = read_summary(self.path)
+        return summary if summary is not None and summary.get("config_hash") == self.cfg.hash() else None
+
+    def write_summary(self, summary: dict) -> None:
+        write_synced(self.path / "summary.json", json.dumps(summary, indent=1))
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.lock.close()
+
+
+def read_summary(path: Path) -> dict | None:
+    try:
+        return json.loads((path / "summary.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(f"{path / 'summary.json'}: is not JSON ({error}); delete it, and the same command evaluates again") from error
+
+
+def saved_config_tree(path: Path) -> dict | None:
+    """config.yaml of a run folder as plain data; None where there is none yet."""
+    try:
+        tree = yaml.safe_load((path / "config.yaml").read_text())
+    except FileNotFoundError:
+        return None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path / 'config.yaml'}: expected a mapping of settings, got {type(tree).__name__}")
+    return tree
+
+
+def saved_config(path: Path) -> Config:
+    """The settings of an existing run."""
+    tree = saved_config_tree(path)
+    if tree is None:
+        raise RunError(f"{path}: no config.yaml there; expected a run folder as written by 'modip train run_dir=...'")
+    return build(tree)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    checkpoint = newest(path / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{path}: has no checkpoint yet; train first (a checkpoint is written at the end of each phase)")
+    return checkpoint
+
+
+def check_same(earlier: dict, cfg: Config, path: Path) -> None:
+    """ConfigError naming the settings that decide results and differ from those the folder was started with."""
+    old, new = flatten(earlier), flatten(cfg.to_dict())
+    differing = [k for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k) and not k.startswith(FREE)]
+    if differing:
+        shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:6])
+        more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
+        raise ConfigError(f"{path}: was started with other settings ({shown}{more}); use another run_dir, or the settings as they were")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("modip_ray", *PACKAGES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """Commit of the checkout that this code runs from, "+changes" behind it where files differ; "unknown" for an installed package."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    try:
+        git("ls-files", "--error-unmatch", "runfolder.py")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", str(here.parent)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def machine() -> dict[str, Any]:
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)}

@@ -1,0 +1,82 @@
+"""A finished (or stopped) run's agent put to use again: evaluate it, collect with it, show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from modip_ray.config import Config
+from modip_ray.learning.build import device_of, saved_agent
+from modip_ray.learning.checkpoint import CheckpointError
+from modip_ray.learning.env_source import env_factory
+from modip_ray.learning.evaluation import EvalMode, jobs_for, joined, run_job
+from modip_ray.learning.offline_data import collect_to, policy_of
+from modip_ray.learning.system import saved_bc
+from modip_ray.model.agent import Agent
+from modip_ray.planning.planner import Planner
+from modip_ray.runfolder import open_checkpoint, saved_config
+from modip_ray.session import score
+from modip_ray.tasks.collect import collect
+from modip_ray.tasks.d4rl_data import Dataset, read_d4rl, write_d4rl
+from modip_ray.tasks.envs import EnvFactory
+from modip_ray.tasks.rollout import Act
+
+
+def agent_of_run(run: Path) -> tuple[Config, Agent, np.ndarray | None, int]:
+    """Settings, agent, frozen BC weights (None before the offline phase's end) and environment steps of a run's newest checkpoint."""
+    cfg, checkpoint = saved_config(run), open_checkpoint(run)
+    torch.set_num_threads(cfg.resources.torch_threads)
+    return cfg, saved_agent(cfg, checkpoint, device_of(cfg)), saved_bc(checkpoint), int(checkpoint.counters["env_steps"])
+
+
+def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: int | None = None) -> dict:
+    """S of a mode, measured again: the same seeds in the same groups give the returns of the run's own summary."""
+    cfg, agent, bc, env_steps = agent_of_run(run)
+    need_bc(run, mode, bc)
+    jobs = jobs_for(mode, episodes or cfg.eval.episodes, cfg.eval.seed if seed is None else seed)
+    returns, seeds = joined([run_job(cfg, agent, env_factory(cfg.task), job, env_steps, bc) for job in jobs], mode)
+    return {"mode": mode, "run": str(run), "env_steps": env_steps, **score(cfg, returns, seeds)}
+
+
+def actors_of_run(run: Path, mode: EvalMode, seed: int = 0) -> Act:
+    """A run's way of acting, as `rollout_episodes`, `collect` and the video take it."""
+    cfg, agent, bc, env_steps = agent_of_run(run)
+    need_bc(run, mode, bc)
+    planner = Planner(cfg, agent, seed=seed)
+    planner.env_steps = env_steps
+    if mode == "bc":
+        planner.agent.load_flat(bc, "policy")
+    return lambda obs, slots, reset: planner.plan(obs, slots.tolist(), reset, "mpc" if mode == "mpc" else "policy").actions
+
+
+def need_bc(run: Path, mode: EvalMode, bc: np.ndarray | None) -> None:
+    if mode == "bc" and bc is None:
+        raise CheckpointError(f"{run}: has no frozen BC policy yet: the offline phase is not over; use --mode policy, or train on")
+
+
+def collect_run(cfg: Config | None, policy: str, mode: EvalMode, transitions: int, seed: int, out: Path) -> Dataset:
+    """Write `out` from the demonstrator, a D4RL file's policy, or (cfg None) a run folder; returns what was written, read back."""
+    if cfg is not None:
+        source = policy if policy == "demonstrator" else f"policy:{policy}"
+        collect_to(cfg.replace({"data.source": source}), policy_of(source, cfg.task.family), env_factory(cfg.task), out)
+    else:
+        cfg = saved_config(Path(policy))
+        episodes = collect(actors_of_run(Path(policy), mode, seed), env_factory(cfg.task), transitions, cfg.task.max_episode_steps, seed)
+        write_d4rl(out, episodes, {"env": cfg.task.env, "source": f"{policy} ({mode})", "seed": seed})
+    return read_d4rl(out, max_episode_steps=cfg.task.max_episode_steps, action_range=None)
+
+
+def rendering_env(cfg: Config) -> Callable[[], gym.Env]:
+    """Makes the task's environment with pictures: small ones where the environment takes a size."""
+    factory: EnvFactory = env_factory(cfg.task)
+
+    def make() -> gym.Env:
+        try:
+            return factory(render_mode="rgb_array", width=320, height=240)
+        except TypeError:
+            return factory(render_mode="rgb_array")
+    return make

@@ -1,0 +1,172 @@
+"""One process's work on a run: phases and their time, progress line, metrics rows, checkpoints, and stopping in good order."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from modip_ray.config import Config
+from modip_ray.learning.checkpoint import begin, commit
+from modip_ray.learning.evaluation import MODES, Outcome, joined
+from modip_ray.learning.system import Report, Status, System
+from modip_ray.report.metrics import MetricsLog
+from modip_ray.report.progress import Progress
+from modip_ray.runfolder import RunFolder
+from modip_ray.tasks.scores import bootstrap_ci, score_summary
+
+
+class Stopped(Exception):
+    """The user asked to stop; everything that can be saved is."""
+
+
+class StopSignals:
+    """Turns the first Ctrl-C or SIGTERM into a flag; the second Ctrl-C interrupts at once. Outside the main thread signals stay as they are."""
+
+    def __init__(self):
+        self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        if self.asked:
+            raise Stopped
+
+
+def score(cfg: Config, returns: Sequence[float], seeds: Sequence[int] | None = None) -> dict:
+    """S of summary.json: mean, 95 % interval, normalised mean, returns, seeds."""
+    found = score_summary(returns, cfg.task.family, seeds)
+    found["ci95"] = bootstrap_ci(returns, resamples=cfg.eval.bootstrap)
+    return found
+
+
+def scores_of(cfg: Config, outcomes: Sequence[Outcome]) -> dict[str, dict]:
+    """S by mode, for the modes that were evaluated."""
+    found = {mode: joined(outcomes, mode) for mode in MODES}
+    return {mode: score(cfg, returns, seeds) for mode, (returns, seeds) in found.items() if returns}
+
+
+class Session:
+    def __init__(self, cfg: Config, folder: RunFolder, stop: StopSignals):
+        self.cfg, self.folder, self.stop = cfg, folder, stop
+        saved = folder.checkpoint.counters if folder.checkpoint is not None else {}
+        self.phase: str = saved.get("phase", "data")
+        self.phase_s: dict[str, float] = dict(saved.get("phase_s", {}))
+        self.next_eval: int = saved.get("next_eval", 0)
+        self.status = Status(saved.get("env_steps", 0), saved.get("updates", 0), saved.get("policy_updates", 0), False)
+        earlier = (folder.path / "metrics.jsonl").exists()
+        resumed_at = {"phase": self.phase, "env_steps": self.status.env_steps, "updates": self.status.updates} if earlier else None
+        self.log = MetricsLog(folder.path, cfg.log.tensorboard, cfg.log.wandb, cfg.log.wandb_project, cfg.to_dict(), resumed_at)
+        self.progress = Progress()
+        self.system: System | None = None
+        self.data_score: dict = {}
+        self.pending: list[Status] = []
+        self.logged_at = self.saved_at = time.monotonic()
+
+    # ---- phases ------------------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the block's wall time to the phase, also when it is left by a stop."""
+        begun, before = time.monotonic(), self.phase_s.get(phase, 0.0)
+        self.phase_begun = (phase, begun, before)
+        try:
+            yield
+        finally:
+            self.phase_s[phase] = before + time.monotonic() - begun
+            self.phase_begun = None
+
+    phase_begun: tuple[str, float, float] | None = None
+
+    def seconds_by_phase(self) -> dict[str, float]:
+        """Wall seconds of each phase so far, earlier processes included."""
+        found = dict(self.phase_s)
+        if self.phase_begun is not None:
+            name, begun, before = self.phase_begun
+            found[name] = before + time.monotonic() - begun
+        return {k: round(v, 2) for k, v in found.items()}
+
+    def tick(self, status: Status, done: int, **extras: float | str) -> None:
+        """After each piece of work: show, log, save, and stop if asked to."""
+        self.status = status
+        for incident in status.incidents:
+            self.progress.say(incident)
+        self.pending.append(status)
+        self.progress.update(done, **extras)
+        now = time.monotonic()
+        if now - self.logged_at >= self.cfg.log.every_s or status.done:
+            self.write_train_row()
+        if self.stop.asked or now - self.saved_at >= self.cfg.log.checkpoint_every_s:
+            self.save()
+        self.stop.check()
+
+    # ---- rows --------------------------------------------------------------------------------------------------------------------------------
+
+    def write_train_row(self) -> None:
+        metrics: dict[str, list[float]] = {}
+        for status in self.pending:
+            for key, value in status.metrics.items():
+                metrics.setdefault(key, []).append(value)
+            if status.returns:
+                metrics.setdefault("rollout/return", []).append(sum(status.returns) / len(status.returns))
+        self.pending, self.logged_at = [], time.monotonic()
+        s = self.status
+        row = {"kind": "train", "phase": self.phase, "env_steps": s.env_steps, "updates": s.updates, "policy_updates": s.policy_updates}
+        self.log.write(row | {k: sum(v) / len(v) for k, v in metrics.items()})
+        self.distilled = next((sum(v) / len(v) for k, v in metrics.items() if k == "distill/share"), self.distilled)
+
+    distilled: float | None = None
+
+    def record(self, reports: Sequence[Report]) -> None:
+        """Rows of finished evaluations: scores, diagnostics, timings."""
+        for report in reports:
+            at = {"env_steps": report.env_steps, "updates": report.updates}
+            for mode, found in scores_of(self.cfg, report.outcomes).items():
+                self.log.write({"kind": "eval", "mode": mode, **at, **found})
+                self.progress.scores(**{mode: found["mean"]})
+            if report.diagnostics:
+                shares = {} if self.distilled is None or self.phase == "pretrain" else {"plan_share_distilled": self.distilled}
+                self.log.write({"kind": "diagnostics", "phase": "pretrain" if report.env_steps == 0 else "online", **at, **report.diagnostics, **shares})
+            self.write_timings()
+
+    def write_timings(self) -> None:
+        for role, (snapshot, workers) in (self.system.timings() if self.system is not None else {}).items():
+            self.log.write({"kind": "timing", "role": role, "workers": workers, **snapshot})
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint of everything; the counters in it are those of the last status."""
+        if self.system is None:
+            return
+        s = self.status
+        folder = begin(self.folder.checkpoints, s.env_steps, s.updates)
+        self.system.save(folder)
+        counters = {"phase": self.phase, "env_steps": s.env_steps, "updates": s.updates, "policy_updates": s.policy_updates,
+                    "next_eval": self.next_eval, "phase_s": self.seconds_by_phase()}
+        commit(folder, counters, self.cfg.log.keep_checkpoints)
+        self.saved_at = time.monotonic()
+
+    def enter(self, phase: str) -> None:
+        """The run goes over to a phase: what comes next, and a checkpoint that says so."""
+        self.phase = phase
+        self.save()
+
+    def close(self) -> None:
+        self.log.close()

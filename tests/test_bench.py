@@ -1,0 +1,69 @@
+import json
+import time
+
+import pytest
+import torch
+
+from modip_ray import bench
+from modip_ray.config import load
+from modip_ray.model.networks import mlp
+
+SMALL = ["policy.width=32", "policy.batch_size=16", "world_model.width=32", "world_model.latent=16", "world_model.batch_size=16", "critic.width=16",
+         "planner.proposals=4", "planner.gaussian=4", "planner.elites=3", "planner.iterations=1",
+         "data.transitions=2000", "rollout.num_workers=1", "rollout.envs_per_worker=2"]
+
+
+def flags():
+    return [part for override in SMALL for part in ("--set", override)]
+
+
+def test_every_group_measures_and_the_json_says_where(tmp_path, capsys):
+    file = tmp_path / "deep" / "bench.json"
+    bench.main(["all", "--json", str(file), "--seconds", "0.01", *flags()])
+    report, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert set(report) == {"rows", "machine", "git", "versions", "command"} and "torch" in report["versions"]
+    rows = {row["name"]: row for row in report["rows"]}
+    assert len(rows) == len(report["rows"])
+    expected = {"planner.plans_per_s", *(f"planner.plans_per_s.rows_{n}" for n in (1, 8, 16, 64)), "planner.roofline",
+                "learner.model_update_ms", "learner.policy_update_ms", "replay.sample_vs_memcpy", "weights.publish_ms",
+                *(f"envs.steps_per_s.{t}-medium" for t in ("halfcheetah", "hopper", "walker2d"))}
+    assert expected <= set(rows)
+    for name, row in rows.items():
+        assert row["value"] > 0 and row["unit"] and name in printed
+        if row["reference"] is not None:
+            assert row["ratio"] == pytest.approx(row["value"] / row["reference"]) and row["against"]
+    assert rows["planner.roofline"]["ratio"] < 1 and rows["replay.sample_vs_memcpy"]["ratio"] > 1
+
+
+def test_only_what_was_asked_for(capsys):
+    rows = bench.run_bench(["weights"], seconds=0.01, overrides=SMALL)
+    assert [r.name for r in rows] == ["weights.publish_ms"] and "planner" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, message", [(["plannr"], "did you mean 'planner'"), (["weights", "--set", "policy.widht=3"], "did you mean 'width'")])
+def test_unknown_names_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        bench.main(argv)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_flops_by_hand():
+    net, x = mlp([10, 20, 5]), torch.randn(7, 10)
+    assert bench.flops(lambda: net(x)) == 2 * 7 * (10 * 20 + 20 * 5)
+    with torch.inference_mode():
+        assert bench.flops(lambda: net(x)) == 2 * 7 * (10 * 20 + 20 * 5)
+
+
+def test_medians_take_turns_and_threads_are_given_back():
+    calls, threads = [], torch.get_num_threads()
+    slow, fast = bench.Setting(load(), 0.02).medians(lambda: (calls.append("a"), time.sleep(0.004)), lambda: calls.append("b"))
+    assert 0.004 <= slow < 0.1 and fast < slow and calls[:6] == ["a", "b"] * 3
+    bench.run_bench(["weights"], seconds=0.01, overrides=SMALL)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_table_is_aligned():
+    rows = [bench.Row("a", 1.23456, "ms"), bench.compared("longer", 20000.4, "1/s", 10000.2, "the old way")]
+    head, first, second = bench.table(rows).splitlines()
+    assert first.split() == ["a", "1.235", "ms"] and second.split() == ["longer", "20000", "1/s", "10000", "2", "the", "old", "way"]
+    assert head.index("unit") == first.index("ms") == second.index("1/s")
