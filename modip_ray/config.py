@@ -121,6 +121,7 @@ class Guard:
 class Distill:
     rule: Literal["all", "predicted", "realised", "exponential"]
     target: Literal["executed", "planned"]
+    n_step: int
     min_gain: float
     beta: float
     online_share_start: float

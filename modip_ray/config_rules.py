@@ -18,7 +18,7 @@ POSITIVE = """
     world_model.grad_clip critic.members critic.n_step critic.pretrain_n_step critic.width critic.bound planner.horizon planner.n_action_steps planner.proposals
     planner.elites planner.std_min planner.max_rows rollout.num_workers rollout.envs_per_worker rollout.segment_length replay.capacity replay.prefetch
     eval.episodes eval.every_episodes eval.bootstrap task.max_episode_steps data.transitions resources.torch_threads resources.call_timeout_s
-    log.every_s log.keep_checkpoints distill.beta
+    log.every_s log.keep_checkpoints distill.beta distill.n_step
 """.split()
 
 FRACTIONS = """

@@ -44,6 +44,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
                 data = offline_phase(session, factory)
             with session.timed("start"):
                 session.system = system = build_system(cfg, data, factory, segment_hook, folder)
+            stop.install()
             pretrain(session, system)
             online(session, system)
             summary = evaluate(session, system, data)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from modip_ray.config import Config, ConfigError, build
+from modip_ray.config import Config, ConfigError, build, config_dir, merge, read_yaml
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, newest, write_synced
 from modip_ray.report.rundata import flatten
 
@@ -100,7 +100,14 @@ def saved_config(path: Path) -> Config:
     tree = saved_config_tree(path)
     if tree is None:
         raise RunError(f"{path}: no config.yaml there; expected a run folder as written by 'modip train run_dir=...'")
-    return build(tree)
+    return build(with_defaults(tree, path))
+
+
+def with_defaults(saved: dict, path: Path) -> dict:
+    """A saved tree, with the defaults of settings that did not exist when it was saved."""
+    tree = read_yaml(config_dir() / "default.yaml")
+    merge(tree, saved, str(path / "config.yaml"))
+    return tree
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -112,7 +119,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def check_same(earlier: dict, cfg: Config, path: Path) -> None:
     """ConfigError naming the settings that decide results and differ from those the folder was started with."""
-    old, new = flatten(earlier), flatten(cfg.to_dict())
+    old, new = flatten(with_defaults(earlier, path)), flatten(cfg.to_dict())
     differing = [k for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k) and not k.startswith(FREE)]
     if differing:
         shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:6])

@@ -31,9 +31,15 @@ class StopSignals:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
         return self
+
+    def install(self) -> None:
+        """Also to be called after ray.init, which puts a SIGTERM handler of its own in place."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before.setdefault(number, signal.getsignal(number))
+                signal.signal(number, self.note)
 
     def note(self, number: int, frame: object) -> None:
         if self.asked and number == signal.SIGINT:
@@ -162,6 +168,7 @@ class Session:
                     "next_eval": self.next_eval, "phase_s": self.seconds_by_phase()}
         commit(folder, counters, self.cfg.log.keep_checkpoints)
         self.saved_at = time.monotonic()
+        self.write_timings()
 
     def enter(self, phase: str) -> None:
         """The run goes over to a phase: what comes next, and a checkpoint that says so."""

@@ -49,8 +49,8 @@ SMALL = {
     "policy.width": 32, "policy.blocks": 1, "policy.denoising_steps": 5, "policy.sampling_steps": 3, "policy.batch_size": 32,
     "world_model.latent": 16, "world_model.width": 32, "world_model.batch_size": 32, "critic.width": 16, "critic.members": 2,
     "planner.proposals": 4, "planner.gaussian": 8, "planner.elites": 4, "planner.iterations": 2, "planner.weights_every_s": 0.1,
-    "pretrain.updates": 60, "pretrain.policy_updates": 80, "online.env_steps": 400, "online.min_online": 50, "replay.capacity": 2000,
-    "replay.samples_per_insert_slack": 100.0, "rollout.envs_per_worker": 3, "rollout.segment_length": 10,
+    "pretrain.updates": 60, "pretrain.policy_updates": 80, "online.env_steps": 400, "online.min_online": 50, "online.updates_per_step": 0.25,
+    "replay.capacity": 2000, "replay.samples_per_insert_slack": 100.0, "rollout.envs_per_worker": 3, "rollout.segment_length": 10,
     "eval.episodes": 4, "eval.every_steps": 150, "eval.every_episodes": 2, "eval.bootstrap": 200, "log.tensorboard": False, "log.every_s": 0.2,
     "resources.call_timeout_s": 60.0,
 }

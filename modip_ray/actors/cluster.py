@@ -8,11 +8,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
 from modip_ray.config import Config, ConfigError
 
+PREFIX = "modip_ray_"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -34,6 +36,14 @@ def cpus_asked(cfg: Config) -> float:
     return r.planner_cpus + 2 * r.learner_cpus + cfg.rollout.num_workers * r.rollout_cpus
 
 
+def remove_stale() -> None:
+    """Folders of private Rays whose driver was killed."""
+    for folder in Path("/tmp").glob(f"{PREFIX}*_*"):
+        pid = folder.name.removeprefix(PREFIX).partition("_")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class Cluster:
     """A private Ray of this process ("local"), a cluster by address, or the one that is initialised already, which is left running."""
 
@@ -52,7 +62,8 @@ class Cluster:
         cfg, threads = self.cfg, {name: str(self.cfg.resources.torch_threads) for name in THREADS}
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         if cfg.resources.ray_address == "local":
-            self.folder = tempfile.mkdtemp(prefix="modip_", dir="/tmp")             # sockets need a short path
+            remove_stale()
+            self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")      # sockets need a short path
             cpus = max(os.cpu_count() or 1, math.ceil(cpus_asked(cfg)))
             with environment(threads):                                              # inherited; as a runtime_env it costs 0.5 to 1 s an actor
                 ray.init(address="local", num_cpus=cpus, _temp_dir=self.folder, include_dashboard=False, **quiet)

@@ -7,11 +7,11 @@ from typing import Any
 import ray
 import torch
 
-from modip_ray.actors.weights import load_parts
 from modip_ray.config import Config
 from modip_ray.learning.build import blank_agent, device_of
 from modip_ray.learning.evaluation import DIAGNOSTIC_ROWS, Job, Outcome, diagnose, run_job
 from modip_ray.learning.system import Report
+from modip_ray.learning.weights import load_parts
 from modip_ray.tasks.envs import EnvFactory
 from modip_ray.timing import Timer
 

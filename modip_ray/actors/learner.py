@@ -17,6 +17,7 @@ from modip_ray.learning.checkpoint import Checkpoint, write_state
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.updater import Updater, learner_state, load_learner
+from modip_ray.learning.weights import flat, load_flat
 from modip_ray.timing import Timer
 
 
@@ -105,16 +106,3 @@ class LearnerActor:
 
     def get(self, ref: ray.ObjectRef) -> Any:
         return ray.get(ref, timeout=self.cfg.resources.call_timeout_s)
-
-
-def flat(module: torch.nn.Module) -> np.ndarray:
-    return torch.cat([t.detach().reshape(-1).float() for t in module.state_dict().values()]).cpu().numpy()
-
-
-@torch.no_grad()
-def load_flat(module: torch.nn.Module, vector: np.ndarray) -> None:
-    """Inverse of `flat`, in place."""
-    at, source = 0, torch.from_numpy(np.array(vector))
-    for t in module.state_dict().values():
-        t.copy_(source[at:at + t.numel()].view(t.shape))
-        at += t.numel()

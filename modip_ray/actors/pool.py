@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from modip_ray.actors.rollout import RolloutReport, RolloutWorker
 from modip_ray.config import Config
@@ -26,6 +26,14 @@ with warnings.catch_warnings():
 
 IN_FLIGHT = 2
 PROBE_S = 0.2
+
+
+def raise_cause(error: Exception, who: str) -> NoReturn:
+    """What an actor's method raised: errors of environments and hooks as they are, Ray's own (another actor that is gone) as RunError."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayError):
+        raise RunError(f"{who}: {type(cause).__name__}: {str(cause).splitlines()[0]}; the same command resumes from the last checkpoint") from error
+    raise cause from error
 
 
 class RolloutPool:
@@ -85,12 +93,10 @@ class RolloutPool:
             self.heard_at[i] = time.monotonic()
             self.asked[i] = self.asked[i][1:]
             self.note(found)
-        elif isinstance(found, RayActorError):
+        elif isinstance(found, RayActorError) and not isinstance(found, RayTaskError):
             self.lost(i, f"died ({type(found).__name__}); Ray restarts it")
-        elif isinstance(found, RayError):
-            raise RunError(f"rollout worker {i}: {type(found).__name__}: {found}")
         else:
-            raise found                                                             # an error of the environment or a hook, as the worker raised it
+            raise_cause(found, f"rollout worker {i}")
 
     def note(self, report: RolloutReport) -> None:
         self.totals[report.incarnation] = report.total
@@ -111,8 +117,8 @@ class RolloutPool:
         for result in results:
             if result.ok:
                 self.note(result.get())
-            elif not isinstance(result.get(), RayActorError):
-                raise RunError(f"rollout worker {result.actor_id}: {result.get()}")
+            elif isinstance(result.get(), RayTaskError):
+                raise_cause(result.get(), f"rollout worker {result.actor_id}")
 
     def stored(self, env_steps: int) -> None:
         """After a flush: whatever was executed and is not stored was lost with a worker."""

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import ray
 
 from modip_ray.config import Config
-from modip_ray.learning.build import build_replay
 from modip_ray.learning.checkpoint import Checkpoint, write_state
 from modip_ray.learning.limiter import COLLECTION_WAITS, LEARNING_WAITS, STREAMS, Stream
 from modip_ray.learning.replay import Batch, Segment
+from modip_ray.learning.replay_server import build_replay
 from modip_ray.tasks.episode import Episode
 from modip_ray.timing import Timer
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from modip_ray.actors.cluster import Cluster
 from modip_ray.actors.evaluator import EvaluatorActor
 from modip_ray.actors.learner import LearnerActor, LearnerReport
 from modip_ray.actors.planner import PlannerActor
-from modip_ray.actors.pool import RolloutPool
+from modip_ray.actors.pool import RolloutPool, raise_cause
 from modip_ray.actors.replay import ReplayActor
 from modip_ray.actors.weights import WeightStore
 from modip_ray.learning.checkpoint import write_state
@@ -72,12 +72,9 @@ class RaySystem:
     def advance(self, phase: Phase, seconds: float, until: int) -> Status:
         deadline, metrics, done = time.monotonic() + seconds, {}, False
         while not done and time.monotonic() < deadline:
-            status = self.replay_status()
-            self.env_steps = status["env_steps"]
             if phase == "online":
-                self.call([self.store.set_env_steps.remote(self.env_steps)], "the weight store")
                 self.collect()
-            done = self.is_done(phase, status["allowed"])
+            done = self.is_done(phase)
             if not done:
                 self.keep_learners_busy()
                 for report in self.learner_reports(max(0.0, min(SLICE_S / 2, deadline - time.monotonic()))):
@@ -85,10 +82,13 @@ class RaySystem:
         returns, incidents = self.pool_news()
         return Status(self.env_steps, self.counts["model"], self.counts["policy"], done, metrics, returns, incidents)
 
-    def is_done(self, phase: Phase, allowed: dict[Stream, int]) -> bool:
+    def is_done(self, phase: Phase) -> bool:
         """All updates made that may be; online, all environment steps stored as well."""
+        status = self.replay_status()
+        self.env_steps = status["env_steps"]
+        self.call([self.store.set_env_steps.remote(self.env_steps)], "the weight store")
         collected = phase == "pretrain" or self.env_steps >= self.cfg.online.env_steps
-        return collected and all(self.counts[s] >= allowed[s] for s in STREAMS)
+        return collected and all(self.counts[s] >= status["allowed"][s] for s in STREAMS)
 
     def collect(self) -> None:
         """Hand out the environment steps that are left; when all are executed, have the open segments sent."""
@@ -236,6 +236,8 @@ class RaySystem:
         except GetTimeoutError as error:
             limit = f"{self.cfg.resources.call_timeout_s:g} s (resources.call_timeout_s)"
             raise RunError(f"{who} did not answer within {limit}; the same command resumes from the last checkpoint") from error
+        except RayTaskError as error:
+            raise_cause(error, who)
         except RayActorError as error:
             raise RunError(f"{who} died ({str(error).splitlines()[0]}); the same command resumes from the last checkpoint") from error
 

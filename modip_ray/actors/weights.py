@@ -5,23 +5,11 @@ Parts: "agent" (everything, as built: normaliser and scales never change), "poli
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import ray
 
-if TYPE_CHECKING:
-    from modip_ray.model.agent import Agent  # the store itself needs no torch
-
 Versions = dict[str, int]
 Newer = dict[str, tuple[int, np.ndarray]]
-
-
-def load_parts(agent: Agent, parts: Newer) -> None:
-    """Swap in what was pulled: "agent" first, then the newer parts over it."""
-    for part in ("agent", "policy", "model"):
-        if part in parts:
-            agent.load_flat(parts[part][1], None if part == "agent" else part)
 
 
 @ray.remote(num_cpus=0, max_restarts=0)

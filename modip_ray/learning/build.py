@@ -10,8 +10,8 @@ import torch
 
 from modip_ray.config import Config, ConfigError
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError
-from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment
-from modip_ray.learning.replay_server import ReplayServer
+from modip_ray.learning.replay import ReplayBuffer
+from modip_ray.learning.replay_server import offline_replay
 from modip_ray.model.agent import Agent
 from modip_ray.tasks.episode import Episode
 
@@ -68,14 +68,6 @@ def safe_scale(values: np.ndarray) -> float:
     return spread if spread > LEAST_SCALE else max(float(np.abs(values).mean()), 1.0)
 
 
-def offline_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayBuffer:
-    first = episodes[0]
-    offline = ReplayBuffer(sum(e.length for e in episodes), first.observations.shape[1], first.actions.shape[1], cfg.critic.gamma)
-    for episode in episodes:
-        offline.add(Segment.from_episode(episode))
-    return offline
-
-
 def build_spec(cfg: Config, episodes: Sequence[Episode], action_low: np.ndarray, action_high: np.ndarray) -> Spec:
     agent = fitted_agent(cfg, episodes, action_low, action_high)
     return Spec(agent.obs_dim, agent.action_dim, agent.flat())
@@ -90,14 +82,6 @@ def agent_of(cfg: Config, spec: Spec, device: torch.device) -> Agent:
     agent = Agent(cfg, spec.obs_dim, spec.action_dim)
     agent.load_flat(spec.weights)
     return agent.to(device)
-
-
-def build_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayServer:
-    """Offline data beside an empty online ring that can hold the whole run, or replay.capacity."""
-    offline = offline_replay(cfg, episodes)
-    obs_dim, action_dim = offline.arrays["obs"].shape[1], offline.arrays["action"].shape[1]
-    online = ReplayBuffer(cfg.replay.capacity, obs_dim, action_dim, cfg.critic.gamma, cfg.planner.horizon)
-    return ReplayServer(cfg, MixedReplay(offline, online, cfg.seed, cfg.distill.target == "planned"))
 
 
 def saved_agent(cfg: Config, checkpoint: Checkpoint, device: torch.device) -> Agent:

@@ -23,6 +23,15 @@ class Planned(NamedTuple):
     version: int
 
 
+class Query(NamedTuple):
+    """A worker's question: observations (n, Do) of its environments, reset (n,): where an episode has just begun."""
+
+    worker: int
+    incarnation: str
+    obs: np.ndarray
+    reset: np.ndarray
+
+
 class OpenSegment:
     """The transitions of one environment since its last cut."""
 

@@ -17,7 +17,8 @@ class RateLimiter:
     """Updates allowed = offline updates + rate * inserted environment steps, for each of the two update streams.
 
     rate of "model" is online.updates_per_step; of "policy" that times policy.updates_per_update. No online update before online.min_online
-    steps are there. Collection stops while it is more than replay.samples_per_insert_slack steps ahead of the slower stream.
+    steps are there. Collection stops while it is more than replay.samples_per_insert_slack steps ahead of the slower
+    stream and there is something to learn from them.
     """
 
     def __init__(self, cfg: Config):
@@ -50,11 +51,11 @@ class RateLimiter:
 
     def ahead(self) -> float:
         """Environment steps that the slower stream has not made its updates for."""
-        behind = [self.inserted - (self.granted[s] - self.offline[s]) / self.rate[s] for s in STREAMS if self.rate[s] > 0]
+        behind = [self.inserted - max(self.granted[s] - self.offline[s], 0) / self.rate[s] for s in STREAMS if self.rate[s] > 0]
         return max(behind, default=0.0)
 
     def may_collect(self) -> bool:
-        return self.inserted < self.min_online or self.ahead() <= self.slack
+        return self.inserted < self.min_online or self.ahead() <= self.slack or not any(self.may_sample(s) for s in STREAMS)
 
     def set_counts(self, inserted: int, model: int, policy: int) -> None:
         """On resume: what was inserted, and the updates really made (batches on their way when the run stopped do not count)."""

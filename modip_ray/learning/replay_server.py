@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from modip_ray.config import Config
 from modip_ray.learning.limiter import STREAMS, RateLimiter, Stream
-from modip_ray.learning.replay import Batch, MixedReplay, Segment
+from modip_ray.learning.replay import Batch, MixedReplay, ReplayBuffer, Segment
+from modip_ray.tasks.episode import Episode
 
 RECENT = 4000                       # online transitions behind the planner's statistics
 
@@ -49,7 +50,7 @@ class ReplayServer:
             share = self.share(cfg.online.online_share_start, cfg.online.online_share_end) if online else 0.0
             return self.replay.sequences(cfg.world_model.batch_size, cfg.world_model.horizon, n_step, share)
         share = self.share(cfg.distill.online_share_start, cfg.distill.online_share_end) if online else 0.0
-        return self.replay.chunks(cfg.policy.batch_size, cfg.policy.horizon, n_step, share)
+        return self.replay.chunks(cfg.policy.batch_size, cfg.policy.horizon, cfg.distill.n_step, share)
 
     def diagnostic_batch(self, rows: int, horizon: int, seed: int) -> Batch:
         """Sequences with a generator of their own (training does not notice): of online data where there is enough of it, else offline."""
@@ -80,3 +81,19 @@ class ReplayServer:
         for stream, rng_state in json.loads(str(state["rngs"])).items():
             self.rngs[stream].bit_generator.state = rng_state
         self.limiter.set_counts(int(state["inserted"]), updates, policy_updates)
+
+
+def offline_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayBuffer:
+    first = episodes[0]
+    offline = ReplayBuffer(sum(e.length for e in episodes), first.observations.shape[1], first.actions.shape[1], cfg.critic.gamma)
+    for episode in episodes:
+        offline.add(Segment.from_episode(episode))
+    return offline
+
+
+def build_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayServer:
+    """Offline data beside an empty online ring that can hold the whole run, or replay.capacity."""
+    offline = offline_replay(cfg, episodes)
+    obs_dim, action_dim = offline.arrays["obs"].shape[1], offline.arrays["action"].shape[1]
+    online = ReplayBuffer(cfg.replay.capacity, obs_dim, action_dim, cfg.critic.gamma, cfg.planner.horizon)
+    return ReplayServer(cfg, MixedReplay(offline, online, cfg.seed, cfg.distill.target == "planned"))

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modip_ray.learning.build import agent_of, build_replay, device_of
+from modip_ray.learning.build import agent_of, device_of
 from modip_ray.learning.checkpoint import write_state
 from modip_ray.learning.collector import Collector, Planned
 from modip_ray.learning.evaluation import DIAGNOSTIC_ROWS, Job, Outcome, diagnose, run_job
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.replay_server import build_replay
 from modip_ray.learning.system import Phase, Report, Setup, Snapshot, Status, saved_bc
 from modip_ray.learning.updater import Updater, learner_state, load_learner
 from modip_ray.planning.planner import Planner

@@ -73,7 +73,7 @@ def load_learner(learner: Learner, stream: Stream, state: Mapping[str, np.ndarra
     own = learner_tensors(learner, stream)
     missing, odd = sorted(set(own) - set(state)), [k for k, t in own.items() if k in state and state[k].shape != tuple(t.shape)]
     if missing or odd:
-        raise CheckpointError(f"the {stream} learner's checkpoint does not fit this configuration: missing {missing[:3] or 'none'}, of another shape {odd[:3] or 'none'}")
+        raise CheckpointError(f"the {stream} learner's checkpoint does not fit these settings: missing {missing[:3] or 0}, other shapes {odd[:3] or 0}")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(torch.from_numpy(np.array(state[key])))

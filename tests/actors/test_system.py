@@ -1,0 +1,171 @@
+"""The roles on a real (small, private) Ray. One GPU is declared that does not exist: scheduling is tested, computing falls back to the CPU."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from modip_ray.config import ConfigError
+from modip_ray.learning.build import agent_of, build_spec
+from modip_ray.learning.evaluation import jobs_for
+from modip_ray.learning.learner import Learner
+from modip_ray.learning.replay_server import build_replay
+from modip_ray.learning.serial import SerialSystem
+from modip_ray.learning.system import Setup
+from modip_ray.learning.updater import Updater
+from modip_ray.tasks.collect import collect
+from tests.fakes import STEPS, Noisy, PointEnv, small
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    from modip_ray.actors.cluster import environment
+    with environment({"OMP_NUM_THREADS": "1"}):
+        ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def setup(**dotted) -> Setup:
+    cfg = small(**{"pretrain__updates": 20, "pretrain__policy_updates": 20, "online__env_steps": 300, **dotted})
+    episodes = collect(Noisy(), PointEnv, 600, STEPS, seed=0, num_envs=4)
+    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, local_env_class())
+
+
+def local_env_class():
+    """A class that no other process can import, like one of a notebook: it must travel with cloudpickle."""
+    class Local(PointEnv):
+        pass
+    return Local
+
+
+def finish(system, phase):
+    incidents = []
+    for _ in range(120):
+        status = system.advance(phase, 1.0, until=10**9)
+        incidents += status.incidents
+        if status.done:
+            return status, incidents
+    raise AssertionError(f"{phase} did not end: {status}")
+
+
+@pytest.fixture(scope="module")
+def run(cluster):
+    """A whole small run on Ray with the planner on a declared GPU, in the course of which a rollout worker is killed."""
+    from modip_ray.actors.system import RaySystem
+    s = setup(resources__planner_gpus=0.5, planner__weights_every_s=0.05)
+    system = RaySystem(s)
+    pretrained, _ = finish(system, "pretrain")
+    system.freeze_bc()
+    facts = {"setup": s, "pretrained": pretrained, "bc": system.bc}
+    while system.env_steps < 40:
+        system.advance("online", 0.3, until=10**9)
+    worker = system.pool.workers[0]
+    facts["modules"] = ray.get(worker.apply.remote(lambda w: w.modules()))
+    os.kill(ray.get(worker.apply.remote(lambda w: os.getpid())), signal.SIGKILL)
+    facts["online"], facts["incidents"] = finish(system, "online")
+    facts["planner"] = ray.get(system.planner.status.remote())
+    facts["final"] = {s: ray.get(learner.weights.remote()) for s, learner in system.learners.items()}
+    facts["replay"] = system.replay_status()
+    facts["timings"] = system.timings()
+    facts["report"] = system.evaluate([j for m in ("bc", "policy", "mpc") for j in jobs_for(m, 3, 5)], lambda outcome: None)
+    system.close()
+    return facts
+
+
+def test_offline_training_equals_the_serial_one_bit_for_bit(run):
+    """Two learner processes fed through the replay actor end with the weights of the serial loop."""
+    serial = SerialSystem(run["setup"])
+    finish(serial, "pretrain")
+    serial.freeze_bc()
+    assert np.array_equal(serial.bc, run["bc"])
+    assert run["pretrained"].updates == serial.learner.updates == 20
+
+
+def test_the_same_update_on_the_same_batch_bit_for_bit(cluster):
+    from modip_ray.actors.learner import LearnerActor
+    from modip_ray.actors.replay import ReplayActor
+    from modip_ray.actors.weights import WeightStore
+    s = setup()
+    kept = [WeightStore.options(name="store-t").remote()]                           # a named actor lives as long as its handle
+    kept += [ReplayActor.options(name="replay-t").remote(s.cfg, s.episodes, None)]
+    replay = build_replay(s.cfg, s.episodes)
+    updater = Updater(s.cfg, Learner(s.cfg, agent_of(s.cfg, s.spec, torch.device("cpu")), s.cfg.seed))
+    for stream in ("model", "policy"):
+        actor = LearnerActor.options(num_cpus=0).remote(s.cfg, s.spec, stream, "replay-t", "store-t", 0.0, None)
+        for _ in range(3):
+            batch = replay.sample(stream)
+            updater.update(stream, batch)
+            assert updater.take_metrics() == ray.get(actor.update.remote(batch))
+        assert np.array_equal(updater.learner.agent.flat(stream), ray.get(actor.weights.remote()))
+    kept.clear()
+
+
+def test_a_killed_worker_comes_back_and_training_ends(run):
+    text = " | ".join(run["incidents"])
+    assert "rollout worker 0 died" in text and "rollout worker 0 is back" in text
+    assert 300 <= run["online"].env_steps < 300 + 60
+    rate = run["setup"].cfg.online.updates_per_step
+    assert run["online"].updates == 20 + int(rate * run["online"].env_steps)
+    assert run["online"].policy_updates == run["replay"]["allowed"]["policy"]
+
+
+def test_rollout_workers_import_no_torch(run):
+    assert "torch" not in run["modules"] and "numpy" in run["modules"]
+
+
+def test_the_planner_was_scheduled_on_the_declared_gpu_batched_and_got_new_weights(run):
+    planner = run["planner"]
+    assert planner["device"] == "cpu" or torch.cuda.is_available()
+    assert planner["batches"] > 0 and planner["rows"] >= 300
+    assert planner["versions"]["model"] > 20, "weights from the online phase"
+
+
+def test_every_role_reports_its_time(run):
+    timings = run["timings"]
+    assert {"driver", "planner", "learner", "replay", "rollout"} <= set(timings)
+    assert timings["learner"][1] == 2 and "update/model" in timings["learner"][0]["seconds"] and "update/policy" in timings["learner"][0]["seconds"]
+    assert "wait/planner" in timings["rollout"][0]["seconds"]
+
+
+def test_evaluators_return_all_jobs_and_diagnostics(run):
+    report = run["report"]
+    assert {(o.job.mode, o.job.seeds) for o in report.outcomes} == {(m, (5, 6, 7)) for m in ("bc", "policy", "mpc")}
+    assert all(np.isfinite(o.returns).all() and len(o.returns) == 3 for o in report.outcomes)
+    assert len(report.diagnostics["latent_r2"]) == len(report.diagnostics["reward_r2"]) > 0
+
+
+def test_evaluation_is_the_same_on_ray_and_in_process(run):
+    from modip_ray.learning.evaluation import run_job
+    s = run["setup"]
+    agent = agent_of(s.cfg, s.spec, torch.device("cpu"))
+    for part, vector in run["final"].items():
+        agent.load_flat(vector, part)
+    for outcome in run["report"].outcomes:
+        assert run_job(s.cfg, agent, PointEnv, outcome.job, run["report"].env_steps, run["bc"]).returns == outcome.returns
+
+
+def test_more_gpus_than_there_are_is_an_error_that_names_the_field(cluster):
+    from modip_ray.actors.system import RaySystem
+    with pytest.raises(ConfigError, match="resources.planner_gpus=3"):
+        RaySystem(setup(resources__planner_gpus=3.0))
+
+
+def test_an_error_of_the_environment_reaches_the_user(cluster):
+    from modip_ray.actors.system import RaySystem
+    from modip_ray.tasks.envs import EnvError
+
+    class Broken(PointEnv):
+        def step(self, action):
+            raise RuntimeError("the arm is stuck")
+    s = setup(pretrain__updates=1, pretrain__policy_updates=1)
+    system = RaySystem(Setup(s.cfg, s.spec, s.episodes, Broken))
+    finish(system, "pretrain")
+    with pytest.raises(EnvError, match="the arm is stuck"):
+        finish(system, "online")
+    system.close()

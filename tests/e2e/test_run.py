@@ -1,0 +1,164 @@
+"""The command line, end to end: train -> kill -9 -> the same command -> eval; and the driver's own promises."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modip_ray.config import ConfigError
+from modip_ray.learning.checkpoint import CheckpointError, folders, newest, read_state
+from modip_ray.report.metrics import read_metrics
+from modip_ray.run import train
+from tests.fakes import SMALL, PointEnv, small, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "data.hdf5")
+
+
+def command(run_dir: Path, data: Path, **dotted) -> list[str]:
+    settings = SMALL | {"run_dir": str(run_dir), "data.source": str(data)} | {k.replace("__", "."): v for k, v in dotted.items()}
+    return [sys.executable, "-m", "modip_ray", "train", *(f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in settings.items())]
+
+
+def modip(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "modip_ray", *args], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+
+
+def start_and_wait(args: list[str], ready, log: Path) -> subprocess.Popen:
+    """Start a run and wait until `ready()` holds."""
+    process = subprocess.Popen(args, cwd=ROOT, env=ENV, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 90
+    while not ready():
+        assert process.poll() is None, f"the run ended early:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"not ready in time:\n{log.read_text()}"
+        time.sleep(0.05)
+    return process
+
+
+def online_checkpoint(run: Path):
+    """An online checkpoint with some progress exists."""
+    return lambda: any("_u" in p.name and not p.name.startswith("step_000000000") for p in folders(run / "checkpoints"))
+
+
+@pytest.mark.parametrize("serial", [True, False], ids=["serial", "ray"])
+def test_train_kill_resume_eval(tmp_path, data, serial):
+    run = tmp_path / "run"
+    args = command(run, data, serial=serial, log__checkpoint_every_s=0.2, online__env_steps=900)
+    first = start_and_wait(args, online_checkpoint(run), tmp_path / "log1")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    saved = newest(run / "checkpoints")
+    assert saved.counters["phase"] == "online" and 0 < saved.counters["env_steps"] < 900
+    assert not (run / "summary.json").exists()
+
+    second = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 0, second.stderr
+    assert "MPC" in second.stdout
+    resume = [row for row in read_metrics(run) if row["kind"] == "resume"]
+    assert [(r["phase"], r["env_steps"], r["updates"]) for r in resume] == [("online", saved.counters["env_steps"], saved.counters["updates"])]
+    rows = read_metrics(run)
+    after = rows[[row["kind"] for row in rows].index("resume"):]
+    assert min(row["updates"] for row in after if "updates" in row) >= saved.counters["updates"], "the counters went on, not back"
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["env_steps"] >= 900 and summary["updates"] == 60 + int(0.25 * summary["env_steps"])
+    assert set(summary) == {"task", "env_id", "run_dir", "scores", "env_steps", "updates", "wall_s", "phase_s", "versions", "git", "machine", "config_hash"}
+    for mode in ("data", "bc", "policy", "mpc"):
+        assert set(summary["scores"][mode]) == {"mean", "ci95", "episodes", "normalized", "returns", "seeds"}
+    assert (run / "report" / "index.html").is_file() and (run / "config.yaml").is_file()
+    kinds = {(row["kind"], row.get("role") or row.get("mode")) for row in read_metrics(run)}
+    assert {("train", None), ("data", None), ("diagnostics", None), ("eval", "bc"), ("eval", "policy"), ("eval", "mpc"), ("timing", "driver"),
+            ("timing", "planner"), ("timing", "learner"), ("timing", "rollout"), ("timing", "evaluator")} <= kinds
+
+    for mode in ("bc", "policy", "mpc") if serial else ("mpc",):
+        out = tmp_path / f"{mode}.json"
+        again = modip("eval", str(run), "--mode", mode, "--episodes", "4", "--seed", str(summary["scores"][mode]["seeds"][0]), "--json", str(out))
+        assert again.returncode == 0, again.stderr
+        assert json.loads(out.read_text())["returns"] == summary["scores"][mode]["returns"]
+
+    if not serial:
+        return
+    third = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+    assert third.returncode == 0 and "MPC" in third.stdout and "evaluate" not in third.stderr, "a finished run only prints its table again"
+
+
+@pytest.mark.parametrize("serial", [True, False], ids=["serial", "ray"])
+def test_sigterm_saves_and_says_how_to_resume(tmp_path, data, serial):
+    run = tmp_path / "run"
+    args = command(run, data, serial=serial, pretrain__updates=100_000, log__checkpoint_every_s=1000.0)
+    process = start_and_wait(args, lambda: (run / "metrics.jsonl").exists() and '"train"' in (run / "metrics.jsonl").read_text(), tmp_path / "log")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    log = (tmp_path / "log").read_text()
+    assert f"run_dir={run}" in log and "Traceback" not in log
+    assert newest(run / "checkpoints").counters["updates"] > 0
+
+
+def test_a_serial_run_is_a_function_of_its_seed_and_of_nothing_else(tmp_path, data):
+    """Evaluations in the middle, and a stop with a resume in the offline phase, change nothing."""
+    plain = train(small(tmp_path / "plain", data, serial=True, eval__every_steps=0))
+    evaluated = train(small(tmp_path / "evaluated", data, serial=True, eval__every_steps=100))
+    assert plain["scores"]["mpc"]["returns"] == evaluated["scores"]["mpc"]["returns"]
+    a, b = (newest(tmp_path / name / "checkpoints") for name in ("plain", "evaluated"))
+    for part in ("learner_model", "learner_policy", "replay", "bc"):
+        x, y = a.read(part), b.read(part)
+        assert x.keys() == y.keys() and all(np.array_equal(x[k], y[k], equal_nan=x[k].dtype.kind == "f") for k in x), part
+
+
+def test_no_file_of_a_checkpoint_needs_pickle(tmp_path, data):
+    train(small(tmp_path / "run", data, serial=True, online__env_steps=60, eval__every_steps=0))
+    last = folders(tmp_path / "run" / "checkpoints")[0]
+    assert {p.name for p in last.iterdir()} == {"learner_model.npz", "learner_policy.npz", "replay.npz", "bc.npz", "counters.json", "done"}
+    assert all(read_state(p) for p in last.glob("*.npz"))
+
+
+def test_other_settings_are_refused_but_more_steps_are_not(tmp_path, data):
+    run = tmp_path / "run"
+    first = train(small(run, data, serial=True, online__env_steps=60, eval__every_steps=0))
+    with pytest.raises(ConfigError, match=r"critic.gamma: .* -> 0.5"):
+        train(small(run, data, serial=True, online__env_steps=60, eval__every_steps=0, critic__gamma=0.5))
+    more = train(small(run, data, serial=True, online__env_steps=120, eval__every_steps=0))
+    assert more["env_steps"] >= 120 > first["env_steps"] and more["scores"]["bc"]["returns"] == first["scores"]["bc"]["returns"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(tmp_path, data):
+    run = tmp_path / "run"
+    cfg = small(run, data, serial=True, online__env_steps=60, eval__every_steps=0)
+    train(cfg)
+    (run / "summary.json").unlink()
+    for folder in folders(run / "checkpoints"):
+        (folder / "learner_model.npz").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="none of"):
+        train(cfg)
+
+
+def test_own_environment_class_and_hook(tmp_path, data):
+    seen = []
+
+    class Mine(PointEnv):
+        pass
+
+    def hook(segment):
+        seen.append(segment)
+        return segment
+    train(small(tmp_path / "run", data, serial=True, online__env_steps=60, eval__every_steps=0, task__env="nowhere:Nothing"), Mine, hook)
+    assert sum(len(s) for s in seen) >= 60
+
+
+def test_mistakes_are_told_in_one_line(tmp_path):
+    for args, words in ((("train", "planer.horizon=3"), "planner"), (("train", "task=hoper-medium"), "hopper-medium"), (("eval", str(tmp_path)), "config.yaml"),
+                        (("data", "info", str(tmp_path / "x.hdf5")), "no such file"), (("train", "task.env=Nope-v0", f"run_dir={tmp_path / 'r'}"), "task.env")):
+        done = modip(*args)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+        assert len([line for line in done.stderr.splitlines() if line.startswith("modip ")]) == 1

@@ -1,0 +1,133 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from modip_ray.learning.build import agent_of, build_spec
+from modip_ray.learning.checkpoint import CheckpointError, begin, commit, folders, newest, read_state, write_state
+from modip_ray.learning.learner import Learner
+from modip_ray.learning.replay_server import build_replay
+from modip_ray.learning.updater import Updater, learner_state, load_learner
+from modip_ray.tasks.collect import collect
+from tests.fakes import STEPS, Noisy, PointEnv, small
+
+
+def save(root, steps: int, keep: int = 3):
+    folder = begin(root, steps, steps // 4)
+    write_state(folder, "part", {"x": np.full(3, steps, np.float32)})
+    return commit(folder, {"env_steps": steps}, keep)
+
+
+def test_the_newest_is_found_and_old_ones_go(tmp_path):
+    for steps in (10, 200, 3000):
+        save(tmp_path, steps, keep=2)
+    found = newest(tmp_path)
+    assert found.counters == {"env_steps": 3000} and found.read("part")["x"].tolist() == [3000] * 3
+    assert [p.name for p in folders(tmp_path)] == ["step_000003000_u0000750", "step_000000200_u0000050"]
+
+
+def test_no_checkpoint_is_none_and_an_unfinished_one_does_not_count(tmp_path):
+    assert newest(tmp_path / "absent") is None
+    folder = begin(tmp_path, 5, 1)
+    write_state(folder, "part", {"x": np.zeros(1)})
+    assert newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "marker"])
+def test_a_damaged_newest_is_named_and_the_previous_one_used(tmp_path, capsys, damage):
+    save(tmp_path, 10)
+    last = save(tmp_path, 20)
+    part = last / "part.npz"
+    if damage == "flip":
+        data = bytearray(part.read_bytes())
+        data[len(data) // 2] ^= 1
+        part.write_bytes(data)
+    elif damage == "truncate":
+        part.write_bytes(part.read_bytes()[:20])
+    elif damage == "remove":
+        part.unlink()
+    else:
+        (last / "done").write_text("{")
+    assert newest(tmp_path).counters["env_steps"] == 10
+    assert last.name in capsys.readouterr().err
+
+
+def test_when_none_is_sound_it_raises(tmp_path):
+    for steps in (10, 20):
+        (save(tmp_path, steps) / "done").unlink()
+    with pytest.raises(CheckpointError, match="none of 2 checkpoint"):
+        newest(tmp_path)
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    np.savez(tmp_path / "evil.npz", x=np.array([{"run": "code"}], dtype=object))
+    with pytest.raises(CheckpointError, match="plain npz"):
+        read_state(tmp_path / "evil.npz")
+
+
+def test_marker_lists_every_file(tmp_path):
+    last = save(tmp_path, 10)
+    assert sorted(json.loads((last / "done").read_text())) == ["counters.json", "part.npz"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    cfg = small(pretrain__updates=6, pretrain__policy_updates=6)
+    episodes = collect(Noisy(), PointEnv, 300, STEPS, seed=0)
+    return cfg, episodes, build_spec(cfg, episodes, -np.ones(2), np.ones(2))
+
+
+def fresh(parts):
+    cfg, episodes, spec = parts
+    return Updater(cfg, Learner(cfg, agent_of(cfg, spec, torch.device("cpu")), cfg.seed)), build_replay(cfg, episodes)
+
+
+def go_on(updater, replay, updates):
+    losses = []
+    for _ in range(updates):
+        for stream in ("model", "policy"):
+            updater.update(stream, replay.sample(stream))
+            losses.append(updater.take_metrics())
+    return losses
+
+
+def everything(updater):
+    return {k: v for part in learner_state(updater.learner).values() for k, v in part.items()}
+
+
+def test_save_and_resume_equals_going_on(parts, tmp_path):
+    """Losses, weights, EMA, target critic, optimiser moments, generators: all as if nothing had happened."""
+    updater, replay = fresh(parts)
+    go_on(updater, replay, 3)
+    folder = begin(tmp_path, 0, 3)
+    for stream, state in learner_state(updater.learner).items():
+        write_state(folder, f"learner_{stream}", state)
+    write_state(folder, "replay", replay.state())
+    commit(folder, {}, 1)
+    expected = go_on(updater, replay, 4)
+
+    resumed, replay2 = fresh(parts)
+    saved = newest(tmp_path)
+    for stream in ("model", "policy"):
+        load_learner(resumed.learner, stream, saved.read(f"learner_{stream}"))
+    replay2.load_state(saved.read("replay"), resumed.learner.updates, resumed.learner.policy_updates)
+    assert go_on(resumed, replay2, 4) == expected
+    a, b = everything(updater), everything(resumed)
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+    assert any(k.startswith("model_opt") for k in a) and any(k.startswith("policy_raw") for k in a) and "agent.policy.out.2.weight" in a
+
+
+def test_a_checkpoint_of_other_networks_is_refused(parts):
+    updater, _ = fresh(parts)
+    state = learner_state(updater.learner)["model"]
+    state["target_critic.net.weights.0"] = np.zeros((1, 2, 3), np.float32)
+    with pytest.raises(CheckpointError, match="target_critic.net.weights.0"):
+        load_learner(updater.learner, "model", state)
+
+
+def test_each_stream_saves_what_it_trains(parts):
+    updater, _ = fresh(parts)
+    state = learner_state(updater.learner)
+    assert not any(k.startswith(("agent.policy.", "policy")) for k in state["model"])
+    assert not any(k.startswith(("agent.world_model", "agent.critic", "target_critic")) for k in state["policy"])
