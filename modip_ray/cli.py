@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = command(commands, "eval", run_eval, "measure a run again, from its newest checkpoint")
     p.add_argument("run_folder", type=Path, metavar="RUN")
-    p.add_argument("--mode", choices=("bc", "policy", "mpc"), default="mpc", help="before fine-tuning, the diffusion policy alone, the planner")
+    p.add_argument("--mode", choices=("bc", "policy", "mpc", "all"), default="mpc",
+                   help="before fine-tuning, the diffusion policy alone, the planner; all: the three on the same seeds, with paired differences")
     p.add_argument("--episodes", type=positive, help="default: as in the run (eval.episodes)")
     p.add_argument("--seed", type=int, help="first seed; default: as in the run (eval.seed)")
     p.add_argument("--json", type=Path, dest="json_file", help="also write the score there")
@@ -70,9 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     p.add_argument("--video", action="store_true", help="also render BC beside MODIP (needs OpenGL)")
 
-    p = command(commands, "bench", run_bench, "measure speeds on this machine")
-    p.add_argument("what", nargs="*", help="what to measure; default: everything")
-    p.add_argument("--json", type=Path, dest="json_file")
+    commands.add_parser("bench", help="measure speeds on this machine", add_help=False).set_defaults(run=run_bench)      # its arguments: bench.py
     return top
 
 
@@ -94,19 +93,27 @@ def run_train(args: argparse.Namespace) -> int:
     from modip_ray.run import train
     from modip_ray.session import Stopped
     try:
-        train(cfg)
+        summary = train(cfg)
     except Stopped:
         return 0
-    if cfg.log.video and cfg.run_dir:
-        make_video(Path(cfg.run_dir))
+    if cfg.log.video:
+        make_video(Path(summary["run_dir"]))
     return 0
 
 
 def run_eval(args: argparse.Namespace) -> int:
     from modip_ray.report.scores import interval, number
-    from modip_ray.saved_run import evaluate_run
-    found = evaluate_run(args.run_folder, args.mode, args.episodes, args.seed)
-    print(f"{args.mode}: {number(found['mean'])}  (95 %: {interval(found['ci95'])}, {found['episodes']} episodes, normalised {number(found['normalized'])})")
+    from modip_ray.saved_run import compare_run, evaluate_run
+    if args.mode == "all":
+        found = compare_run(args.run_folder, args.episodes, args.seed)
+        scores = found["scores"]
+    else:
+        found = evaluate_run(args.run_folder, args.mode, args.episodes, args.seed)
+        scores = {args.mode: found}
+    for mode, s in scores.items():
+        print(f"{mode}: {number(s['mean'])}  (95 %: {interval(s['ci95'])}, {s['episodes']} episodes, normalised {number(s['normalized'])})")
+    for mode, d in found.get("against_bc", {}).items():
+        print(f"{mode} - bc, paired by seed: {number(d['mean'])}  (95 %: {interval(d['ci95'])}), {d['ratio']:.3f} x")
     write_json(args.json_file, found)
     return 0
 
@@ -162,7 +169,8 @@ def make_video(run: Path, write_page: bool = True) -> None:
 
 def run_bench(args: argparse.Namespace) -> int:
     from modip_ray.bench import main as bench
-    return bench(args) or 0
+    bench(args.rest)
+    return 0
 
 
 def write_json(path: Path | None, value: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,17 +14,18 @@ from modip_ray.config import Config
 from modip_ray.learning.build import device_of, saved_agent
 from modip_ray.learning.checkpoint import CheckpointError
 from modip_ray.learning.env_source import env_factory
-from modip_ray.learning.evaluation import EvalMode, jobs_for, joined, run_job
+from modip_ray.learning.evaluation import MODES, EvalMode, jobs_for, joined, run_job
 from modip_ray.learning.offline_data import collect_to, policy_of
 from modip_ray.learning.system import saved_bc
 from modip_ray.model.agent import Agent
 from modip_ray.planning.planner import Planner
-from modip_ray.runfolder import open_checkpoint, saved_config
+from modip_ray.runfolder import git_commit, machine, open_checkpoint, saved_config, versions
 from modip_ray.session import score
 from modip_ray.tasks.collect import collect
 from modip_ray.tasks.d4rl_data import Dataset, read_d4rl, write_d4rl
 from modip_ray.tasks.envs import EnvFactory
 from modip_ray.tasks.rollout import Act
+from modip_ray.tasks.scores import paired_difference
 
 
 def agent_of_run(run: Path) -> tuple[Config, Agent, np.ndarray | None, int]:
@@ -40,6 +42,16 @@ def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: i
     jobs = jobs_for(mode, episodes or cfg.eval.episodes, cfg.eval.seed if seed is None else seed)
     returns, seeds = joined([run_job(cfg, agent, env_factory(cfg.task), job, env_steps, bc) for job in jobs], mode)
     return {"mode": mode, "run": str(run), "env_steps": env_steps, **score(cfg, returns, seeds)}
+
+
+def compare_run(run: Path, episodes: int | None = None, seed: int | None = None) -> dict:
+    """BC, the policy alone and the planner on the same seeds; against_bc holds the paired differences and the ratio of means."""
+    scores = {mode: evaluate_run(run, mode, episodes, seed) for mode in MODES}
+    bc = scores["bc"]
+    against = {mode: paired_difference(s["returns"], bc["returns"]) | {"ratio": s["mean"] / bc["mean"] if bc["mean"] else float("nan")}
+               for mode, s in scores.items() if mode != "bc"}
+    return {"run": str(run), "env_steps": bc["env_steps"], "command": " ".join(sys.argv), "git": git_commit(), "machine": machine(), "versions": versions(),
+            "scores": scores, "against_bc": against}
 
 
 def actors_of_run(run: Path, mode: EvalMode, seed: int = 0) -> Act:

@@ -22,7 +22,9 @@ class Entry:
 
 
 class BatchQueue:
-    """A batch is closed when it has `max_rows` rows, when all live clients have asked, or `max_wait_s` after its first request.
+    """A batch is closed when it has `max_rows` rows, when all live clients have asked, or `max_wait_s` after its first request or the last answer.
+
+    The last answer counts too, because those who got it will ask again at once: else two clients would take turns for ever, each alone in a batch.
 
     compute : items -> one result or exception for each; called in a thread of its own, one batch at a time
     Live is who asked within the last second: a dead client delays others by `max_wait_s` at most, and for a second only.
@@ -36,6 +38,7 @@ class BatchQueue:
         self.arrived = asyncio.Event()
         self.server: asyncio.Task | None = None
         self.batches, self.rows = 0, 0
+        self.free_at = float("-inf")                                                # when the last batch was answered
 
     async def submit(self, client: Hashable, item: Any, rows: int) -> Any:
         """The result for `item`, after it went with others through `compute`; raises what compute returned or raised for it."""
@@ -58,6 +61,7 @@ class BatchQueue:
                 results = await asyncio.get_running_loop().run_in_executor(self.pool, self.compute, [e.item for e in batch])
             except Exception as error:                                              # whatever it was, the clients must hear of it
                 results = [error] * len(batch)
+            self.free_at = time.monotonic()
             for entry, result in zip(batch, results, strict=True):
                 if entry.future.done():                                             # its client gave up
                     continue
@@ -68,7 +72,7 @@ class BatchQueue:
 
     async def gather(self) -> None:
         """Wait for the batch to fill, no longer than the first request may wait."""
-        deadline = self.waiting[0].arrived + self.max_wait_s
+        deadline = max(self.waiting[0].arrived, self.free_at) + self.max_wait_s
         while not self.complete() and (left := deadline - time.monotonic()) > 0:
             self.arrived.clear()
             try:

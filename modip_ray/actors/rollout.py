@@ -44,7 +44,7 @@ class RolloutWorker:
         self.collector = Collector(env_factory, cfg.rollout.envs_per_worker, cfg.task.max_episode_steps, cfg.rollout.segment_length, seed,
                                    f"{worker}/{self.incarnation}", hook)
         self.acks: deque[ray.ObjectRef] = deque()
-        self.total = 0
+        self.total, self.waited = 0, 0.0
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return func(self, *args, **kwargs)
@@ -63,8 +63,9 @@ class RolloutWorker:
         while self.total - before < steps and time.monotonic() < deadline:
             if not self.acknowledged(MAX_UNACKNOWLEDGED - 1, deadline):
                 break
-            with self.timer("step"):
-                self.total += self.collector.step(self.plan)
+            begun, self.waited = time.perf_counter(), 0.0
+            self.total += self.collector.step(self.plan)
+            self.timer.add("environments", time.perf_counter() - begun - self.waited)
             self.send(self.collector.take_segments())
         return self.report(self.total - before)
 
@@ -93,15 +94,18 @@ class RolloutWorker:
 
     def plan(self, obs: np.ndarray, reset: np.ndarray) -> Planned:
         """Ask the planner; while Ray restarts a planner that died, ask again."""
-        deadline = time.monotonic() + self.cfg.resources.call_timeout_s
-        with self.timer("wait/planner"):
-            while True:
-                try:
-                    return self.get(self.planner.plan.remote(self.worker, self.incarnation, obs, reset))
-                except RayActorError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.5)
+        begun, deadline = time.perf_counter(), time.monotonic() + self.cfg.resources.call_timeout_s
+        while True:
+            try:
+                planned = self.get(self.planner.plan.remote(self.worker, self.incarnation, obs, reset))
+                break
+            except RayActorError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        self.waited = time.perf_counter() - begun
+        self.timer.add("wait/planner", self.waited)
+        return planned
 
     def report(self, steps: int) -> RolloutReport:
         returns = [episode.ret for episode in self.collector.take_episodes()]

@@ -26,6 +26,7 @@ from modip_ray.runfolder import RunError
 from modip_ray.timing import Timer, merge_snapshots
 
 SLICE_S = 1.0                       # one call of a worker or learner
+PATIENCE = 10                       # time-outs that a group of evaluation episodes may take: they run by thousands of steps
 
 
 class RaySystem:
@@ -193,7 +194,9 @@ class RaySystem:
             while waiting and free:
                 actor = free.pop(0)
                 running[actor.run.remote(waiting.pop(0))] = actor
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=self.cfg.resources.call_timeout_s)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE * self.cfg.resources.call_timeout_s)
+            if not ready:
+                raise RunError(f"no evaluator answered within {PATIENCE} x resources.call_timeout_s; the same command evaluates again")
             for ref in ready:
                 free.append(running.pop(ref))
                 outcomes += self.call([ref], "an evaluator")
