@@ -59,7 +59,8 @@ def planner_rules(cfg: Config) -> None:
     p, policy = cfg.planner, cfg.policy
     need(p.horizon <= policy.horizon, "planner.horizon", p.horizon, f"must not exceed policy.horizon={policy.horizon}: the policy proposes the sequences")
     need(p.n_action_steps <= p.horizon, "planner.n_action_steps", p.n_action_steps, f"must not exceed planner.horizon={p.horizon}")
-    need(1 <= p.proposal_steps <= policy.denoising_steps, "planner.proposal_steps", p.proposal_steps, f"must lie in 1..policy.denoising_steps={policy.denoising_steps}")
+    need(1 <= p.proposal_steps <= policy.denoising_steps, "planner.proposal_steps", p.proposal_steps,
+         f"must lie in 1..policy.denoising_steps={policy.denoising_steps}")
     need(p.elites <= p.proposals + p.gaussian + 1, "planner.elites", p.elites, "must not exceed the number of candidates (proposals + gaussian + 1)")
     for name in ("std_max", "std_max_final"):
         value = getattr(cfg.guard, name)

@@ -17,7 +17,7 @@ from modip_ray.learning.offline_data import load_data, source_label
 from modip_ray.learning.system import Setup, System
 from modip_ray.report.page import write_report
 from modip_ray.report.scores import final_table
-from modip_ray.runfolder import RunFolder, git_commit, machine, versions
+from modip_ray.runfolder import RunFolder, command_line, git_commit, machine, versions
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
 from modip_ray.tasks.dataset import Dataset
 from modip_ray.tasks.envs import EnvFactory
@@ -145,7 +145,8 @@ def evaluate(session: Session, system: System, data: Dataset) -> dict:
         session.progress.finish()
     found = scores_of(cfg, report.outcomes)
     scores = {"data": session.data_score, **{mode: found[mode] for mode in MODES}}
-    return {"task": cfg.task.name, "env_id": cfg.task.env, "run_dir": str(session.folder.path), "scores": scores, "env_steps": report.env_steps,
+    return {"task": cfg.task.name, "env_id": cfg.task.env, "run_dir": cfg.run_dir or str(session.folder.path), "command": command_line(), "scores": scores,
+            "env_steps": report.env_steps,
             "updates": report.updates, "wall_s": round(session.log.wall_s, 2), "phase_s": session.seconds_by_phase(), "versions": versions(),
             "git": git_commit(), "machine": machine(), "config_hash": cfg.hash()}
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -125,6 +126,12 @@ def check_same(earlier: dict, cfg: Config, path: Path) -> None:
         shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:6])
         more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         raise ConfigError(f"{path}: was started with other settings ({shown}{more}); use another run_dir, or the settings as they were")
+
+
+def command_line() -> str:
+    """What was typed, less the folder of the interpreter's script."""
+    name = Path(sys.argv[0]).name
+    return " ".join(["python -m modip_ray" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from modip_ray.learning.offline_data import collect_to, policy_of
 from modip_ray.learning.system import saved_bc
 from modip_ray.model.agent import Agent
 from modip_ray.planning.planner import Planner
-from modip_ray.runfolder import git_commit, machine, open_checkpoint, saved_config, versions
+from modip_ray.runfolder import command_line, git_commit, machine, open_checkpoint, saved_config, versions
 from modip_ray.session import score
 from modip_ray.tasks.collect import collect
 from modip_ray.tasks.d4rl_data import Dataset, read_d4rl, write_d4rl
@@ -50,7 +49,7 @@ def compare_run(run: Path, episodes: int | None = None, seed: int | None = None)
     bc = scores["bc"]
     against = {mode: paired_difference(s["returns"], bc["returns"]) | {"ratio": s["mean"] / bc["mean"] if bc["mean"] else float("nan")}
                for mode, s in scores.items() if mode != "bc"}
-    return {"run": str(run), "env_steps": bc["env_steps"], "command": " ".join(sys.argv), "git": git_commit(), "machine": machine(), "versions": versions(),
+    return {"run": str(run), "env_steps": bc["env_steps"], "command": command_line(), "git": git_commit(), "machine": machine(), "versions": versions(),
             "scores": scores, "against_bc": against}
 
 

@@ -41,12 +41,12 @@ class TwinQ(nn.Module):
     def __init__(self, dim: int, width: int = 256):
         super().__init__()
         sizes = [dim, width, width, 1]
-        self.w = nn.ParameterList(nn.Parameter((torch.rand(2, i, o) * 2 - 1) / i**0.5) for i, o in zip(sizes, sizes[1:]))
+        self.w = nn.ParameterList(nn.Parameter((torch.rand(2, i, o) * 2 - 1) / i**0.5) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
         self.b = nn.ParameterList(nn.Parameter(torch.zeros(2, 1, o)) for o in sizes[1:])
 
     def forward(self, obs, act):
         x = torch.cat([obs, act], -1).expand(2, -1, -1)
-        for i, (w, b) in enumerate(zip(self.w, self.b)):
+        for i, (w, b) in enumerate(zip(self.w, self.b, strict=True)):
             x = torch.baddbmm(b, x, w)
             x = torch.relu(x) if i < 2 else x
         return x.squeeze(-1)                                                        # (2, B)
@@ -94,12 +94,12 @@ def main():
     t0 = time.time()
     for step in range(a.max_steps):
         if step < 5000:
-            act = env.action_space.sample() if step else env.action_space.sample()
+            act = env.action_space.sample()
         else:
             with torch.no_grad():
                 act = actor(torch.as_tensor(obs, dtype=torch.float32)[None])[0][0].numpy()
         nxt, rew, term, trunc, _ = env.step(act)
-        for k, v in zip("oarnd", (obs, act, rew, nxt, float(term))):
+        for k, v in zip("oarnd", (obs, act, rew, nxt, float(term)), strict=True):
             buf[k][step] = v
         obs = env.reset()[0] if term or trunc else nxt
         if step < 5000:
@@ -129,7 +129,8 @@ def main():
             torch._foreach_lerp_(list(q_target.parameters()), list(q.parameters()), 0.005)
         if (step + 1) % a.check_every == 0:
             ret = stochastic_returns(a.env_id, actor, 5, seed=10_000)
-            print(f"{a.env_id} step {step + 1} return {ret.mean():.0f} +- {ret.std():.0f} alpha {alpha:.3f} {(step + 1) / (time.time() - t0):.0f} steps/s", flush=True)
+            rate = (step + 1) / (time.time() - t0)
+            print(f"{a.env_id} step {step + 1} return {ret.mean():.0f} +- {ret.std():.0f} alpha {alpha:.3f} {rate:.0f} steps/s", flush=True)
             if a.band[0] * 0.9 <= ret.mean() <= a.band[1] * 1.1:
                 ret = stochastic_returns(a.env_id, actor, 20, seed=20_000)
                 print(f"  20 episodes: {ret.mean():.0f} +- {ret.std():.0f}", flush=True)

@@ -16,6 +16,7 @@ from modip_ray.config import Config, ConfigError
 
 PREFIX = "modip_ray_"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+NICENESS = {"RAY_worker_niceness": "0"}      # Ray's default of 15 lets any other process of the machine take the actors' processor time
 
 
 @contextmanager
@@ -65,7 +66,7 @@ class Cluster:
             remove_stale()
             self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")      # sockets need a short path
             cpus = max(os.cpu_count() or 1, math.ceil(cpus_asked(cfg)))
-            with environment(threads):                                              # inherited; as a runtime_env it costs 0.5 to 1 s an actor
+            with environment(threads | NICENESS):                                              # inherited; as a runtime_env it costs 0.5 to 1 s an actor
                 ray.init(address="local", num_cpus=cpus, _temp_dir=self.folder, include_dashboard=False, **quiet)
             return
         try:

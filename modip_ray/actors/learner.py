@@ -16,6 +16,7 @@ from modip_ray.learning.build import Spec, agent_of, device_of
 from modip_ray.learning.checkpoint import Checkpoint, write_state
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.replay import Batch
 from modip_ray.learning.updater import Updater, learner_state, load_learner
 from modip_ray.learning.weights import flat, load_flat
 from modip_ray.timing import Timer
@@ -39,6 +40,7 @@ class LearnerActor:
         for part in STREAMS if checkpoint is not None else ():
             load_learner(self.learner, part, checkpoint.read(f"learner_{part}"))
         self.batches: deque[ray.ObjectRef] = deque()
+        self.early: dict[int, Batch] = {}
         self.versions: dict[str, int] = {}
         self.exchanged_at = float("-inf")
         self.sent: deque[ray.ObjectRef] = deque()
@@ -49,14 +51,24 @@ class LearnerActor:
         while time.monotonic() < deadline:
             if time.monotonic() - self.exchanged_at >= self.cfg.planner.weights_every_s:
                 self.exchange()
+            batch = self.next_batch()
+            if batch is not None:
+                self.updater.update(self.stream, batch)
+        return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot())
+
+    def next_batch(self) -> Batch | None:
+        """The batch of the next update, a copy of our own; None while collection is behind. Those that come early wait for their turn."""
+        number = self.updater.count(self.stream)
+        while number not in self.early:
             while len(self.batches) < self.cfg.replay.prefetch:
                 self.batches.append(self.replay.sample.remote(self.stream))
             begun = time.perf_counter()
-            batch = self.get(self.batches.popleft())
-            self.timer.add("wait/collection" if batch is None else "wait/replay", time.perf_counter() - begun)
-            if batch is not None:
-                self.updater.update(self.stream, {k: np.array(v) for k, v in batch.items()})
-        return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot())
+            found = self.get(self.batches.popleft())
+            self.timer.add("wait/collection" if found is None else "wait/replay", time.perf_counter() - begun)
+            if found is None:
+                return None
+            self.early[found[0]] = {k: np.array(v) for k, v in found[1].items()}
+        return self.early.pop(number)
 
     def update(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
         """One update on a given batch (tests compare it with the serial one)."""

@@ -48,15 +48,18 @@ class ReplayActor:
         await self.hold(self.limiter.may_collect, COLLECTION_WAITS)
         return Ack(self.server.env_steps, self.limiter.may_collect())
 
-    async def sample(self, stream: Stream) -> Batch | None:
-        """The stream's next batch; None when learning had to wait for collection longer than HOLD_S."""
+    async def sample(self, stream: Stream) -> tuple[int, Batch] | None:
+        """The stream's next batch, with the number of the update it is for: Ray may run an async actor's calls in any order.
+
+        None when learning had to wait for collection longer than HOLD_S.
+        """
         await self.hold(lambda: self.limiter.may_sample(stream), LEARNING_WAITS)
         if not self.limiter.may_sample(stream):
             return None
         with self.timer("sample"):
-            batch = self.server.sample(stream)
+            number, batch = self.limiter.granted[stream], self.server.sample(stream)
         await self.notify()
-        return batch
+        return number, batch
 
     async def hold(self, ready: Any, reason: str) -> None:
         if ready():

@@ -78,7 +78,8 @@ class Agent(nn.Module):
         state = self.part(part)
         size = sum(t.numel() for t in state.values())
         if vector.shape != (size,):
-            raise ValueError(f"weight vector of shape {vector.shape} does not fit {part or 'this agent'}, which holds {size} numbers: same model config on both sides?")
+            raise ValueError(f"weight vector of shape {vector.shape} does not fit {part or 'this agent'}, which holds {size} numbers: "
+                             "same model config on both sides?")
         source, at = torch.from_numpy(np.array(vector, np.float32)), 0              # a copy of our own: the vector may live in shared memory
         for t in state.values():
             t.copy_(source[at:at + t.numel()].view(t.shape))

@@ -36,7 +36,8 @@ class DiffusionPolicy(nn.Module):
 
     alpha_bar: Tensor
 
-    def __init__(self, obs_dim: int, action_dim: int, horizon: int, denoising_steps: int = 20, width: int = 256, blocks: int = 2, parametrization: str = "sample"):
+    def __init__(self, obs_dim: int, action_dim: int, horizon: int, denoising_steps: int = 20, width: int = 256, blocks: int = 2,
+                 parametrization: str = "sample"):
         super().__init__()
         if parametrization not in ("eps", "sample"):
             raise ValueError(f"policy.parametrization must be 'eps' or 'sample', got {parametrization!r}")

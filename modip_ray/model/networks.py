@@ -39,7 +39,8 @@ class EnsembleMLP(nn.Module):
     def __init__(self, members: int, sizes: list[int]):
         super().__init__()
         self.members = members
-        self.weights = nn.ParameterList(nn.Parameter(torch.empty(members, i, o).uniform_(-1, 1) / math.sqrt(i)) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(members, i, o).uniform_(-1, 1) / math.sqrt(i)) for i, o in pairs)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(members, 1, o)) for o in sizes[1:])
         self.norm_scales = nn.ParameterList(nn.Parameter(torch.ones(members, 1, o)) for o in sizes[1:-1])
         self.norm_shifts = nn.ParameterList(nn.Parameter(torch.zeros(members, 1, o)) for o in sizes[1:-1])

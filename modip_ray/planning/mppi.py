@@ -23,7 +23,8 @@ class MPPIResult:
     weights: Tensor       # (B, M) sum to 1
 
 
-def elite_statistics(candidates: Tensor, scores: Tensor, n_elites: int, temperature: float, std_min: float, std_max: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def elite_statistics(candidates: Tensor, scores: Tensor, n_elites: int, temperature: float, std_min: float,
+                     std_max: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, std (B, H, Da), elites (B, M, H, Da) and their weights (B, M).
 
     weights = softmax(temperature * (score - best) / spread), where spread is the elites' own score std: the same temperature then suits
@@ -40,7 +41,8 @@ def elite_statistics(candidates: Tensor, scores: Tensor, n_elites: int, temperat
     return mean, std, elites, weights
 
 
-def mppi(score: Score, proposals: Tensor, proposal_scores: Tensor, warm: Tensor, has_warm: Tensor, *, low: Tensor, high: Tensor, iterations: int, n_gaussian: int, n_elites: int, temperature: float,
+def mppi(score: Score, proposals: Tensor, proposal_scores: Tensor, warm: Tensor, has_warm: Tensor, *,
+         low: Tensor, high: Tensor, iterations: int, n_gaussian: int, n_elites: int, temperature: float,
          std_min: float, std_max: Tensor, noise: Callable[[tuple[int, ...]], Tensor]) -> MPPIResult:
     """Refine a Gaussian over action sequences, starting from the policy's proposals and the previous plan.
 

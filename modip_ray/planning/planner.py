@@ -98,7 +98,8 @@ class Planner:
         s = self.agent.normalizer.obs(torch.as_tensor(obs, dtype=torch.float32, device=self.device))   # (B, Do)
         plan = self.policy_plan(s) if mode == "policy" else self.mpc_plan(s, slots, reset, explore)
         if not np.isfinite(plan.actions).all():
-            raise RuntimeError(f"planner: the policy of weight version {self.version} proposes actions that are not finite; training has diverged, lower policy.lr and resume from an earlier checkpoint")
+            raise RuntimeError(f"planner: the policy of weight version {self.version} proposes actions that are not finite; "
+                               "training has diverged, lower policy.lr and resume from an earlier checkpoint")
         return plan
 
     def policy_plan(self, s: Tensor) -> Plan:

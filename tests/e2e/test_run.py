@@ -73,7 +73,7 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["env_steps"] >= 900 and summary["updates"] == 60 + int(0.25 * summary["env_steps"])
-    assert set(summary) == {"task", "env_id", "run_dir", "scores", "env_steps", "updates", "wall_s", "phase_s", "versions", "git", "machine", "config_hash"}
+    assert {"task", "env_id", "run_dir", "scores", "env_steps", "updates", "wall_s", "phase_s", "versions", "git", "machine", "config_hash"} <= set(summary)
     for mode in ("data", "bc", "policy", "mpc"):
         assert set(summary["scores"][mode]) == {"mean", "ci95", "episodes", "normalized", "returns", "seeds"}
     assert (run / "report" / "index.html").is_file() and (run / "config.yaml").is_file()
