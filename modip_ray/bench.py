@@ -1,6 +1,6 @@
 """Short speed measurements, each beside a reference measured in the same run: a table and a JSON file. Gates nothing.
 
-`python -m modip_ray.bench {planner,learner,replay,envs,weights,all} [--json FILE]`. Nothing here starts Ray. To add a group of measurements,
+`modip bench {planner,learner,replay,envs,weights,e2e,all} [--json FILE]`. Only e2e starts Ray. To add a group of measurements,
 write a function (Setting) -> list[Row] and decorate it with @bench("name").
 """
 
@@ -11,7 +11,6 @@ import copy
 import json
 import pickle
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from modip_ray.learning.learner import Learner
 from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment
 from modip_ray.model.agent import Agent
 from modip_ray.planning.planner import Planner
-from modip_ray.runfolder import git_commit, machine, versions
+from modip_ray.runfolder import command_line, git_commit, machine, versions
 from modip_ray.tasks.env_group import EnvGroup, make_env
 
 OBS_DIM, ACTION_DIM = 17, 6                         # HalfCheetah's and Walker2d's
@@ -219,6 +218,16 @@ def weights(s: Setting) -> list[Row]:
     return [compared("weights.publish_ms", 1e3 * ours, "ms", 1e3 * theirs, f"torch state_dict, pickled; {source.flat().nbytes / 2**20:.1f} MiB")]
 
 
+@bench("e2e")
+def e2e(s: Setting) -> list[Row]:
+    """Serial against Ray: the same environments and planning batches, learners idle."""
+    from modip_ray.bench_e2e import overhead
+    serial, ray = overhead(s.cfg)
+    return [compared("e2e.ray_ms_per_env_step", ray, "ms", serial, "one process"), Row("e2e.ray_overhead_ms_per_env_step", ray - serial, "ms"),
+            compared("e2e.steps_per_s", 1e3 / ray, "1/s", 1e3 / serial, "one process")]
+
+
+
 def table(rows: Sequence[Row]) -> str:
     """Aligned columns: name, value, unit, reference, ratio, what the reference is."""
     def text(x: float | None) -> str:
@@ -252,7 +261,7 @@ def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds:
     finally:
         torch.set_num_threads(threads)
     if json_path is not None:
-        report = {"rows": [asdict(r) for r in rows], "machine": machine(), "git": git_commit(), "versions": versions(), "command": " ".join(sys.argv)}
+        report = {"rows": [asdict(r) for r in rows], "machine": machine(), "git": git_commit(), "versions": versions(), "command": command_line()}
         path = Path(json_path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
