@@ -32,13 +32,13 @@ def command(run_dir: Path, data: Path, **dotted) -> list[str]:
 
 
 def modip(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "modip_ray", *args], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "modip_ray", *args], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
 
 
 def start_and_wait(args: list[str], ready, log: Path) -> subprocess.Popen:
     """Start a run and wait until `ready()` holds."""
     process = subprocess.Popen(args, cwd=ROOT, env=ENV, stdout=log.open("w"), stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not ready():
         assert process.poll() is None, f"the run ended early:\n{log.read_text()}"
         assert time.monotonic() < deadline, f"not ready in time:\n{log.read_text()}"
@@ -62,7 +62,7 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
     assert saved.counters["phase"] == "online" and 0 < saved.counters["env_steps"] < 900
     assert not (run / "summary.json").exists()
 
-    second = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    second = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
     assert second.returncode == 0, second.stderr
     assert "MPC" in second.stdout
     resume = [row for row in read_metrics(run) if row["kind"] == "resume"]
@@ -89,7 +89,7 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
 
     if not serial:
         return
-    third = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60)
+    third = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
     assert third.returncode == 0 and "MPC" in third.stdout and "evaluate" not in third.stderr, "a finished run only prints its table again"
 
 
@@ -99,7 +99,7 @@ def test_sigterm_saves_and_says_how_to_resume(tmp_path, data, serial):
     args = command(run, data, serial=serial, pretrain__updates=100_000, log__checkpoint_every_s=1000.0)
     process = start_and_wait(args, lambda: (run / "metrics.jsonl").exists() and '"train"' in (run / "metrics.jsonl").read_text(), tmp_path / "log")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
     log = (tmp_path / "log").read_text()
     assert f"run_dir={run}" in log and "Traceback" not in log
     assert newest(run / "checkpoints").counters["updates"] > 0
