@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 
 .PHONY: help install demo test bench lint clean
 help:
-	@echo "make demo    train MODIP on HalfCheetah with local Ray, about 12 minutes on 2 cores, into runs/demo (run it again to resume)"
+	@echo "make demo    train MODIP on HalfCheetah with local Ray, about 14 minutes on 2 cores, into runs/demo (run it again to resume)"
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make bench   timings of planner, learner, replay, environments, weights; serial against Ray"
 	@echo "make lint    ruff"
