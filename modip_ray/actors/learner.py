@@ -18,7 +18,7 @@ from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.replay import Batch
 from modip_ray.learning.updater import Updater, learner_state, load_learner
-from modip_ray.learning.weights import flat, load_flat
+from modip_ray.model.networks import flat_vector, load_vector
 from modip_ray.timing import Timer
 
 
@@ -91,7 +91,7 @@ class LearnerActor:
         version = self.updater.count(self.stream)
         self.sent.append(self.store.put.remote(self.stream, version, self.learner.agent.flat(self.stream)))
         if self.stream == "model":
-            self.sent.append(self.store.put.remote("target_critic", version, flat(self.learner.target_critic)))
+            self.sent.append(self.store.put.remote("target_critic", version, flat_vector(self.learner.target_critic.state_dict().values())))
         return version
 
     def pull(self) -> None:
@@ -100,7 +100,7 @@ class LearnerActor:
         if "model" in newer:
             self.learner.agent.load_flat(newer["model"][1], "model")
         if "target_critic" in newer:
-            load_flat(self.learner.target_critic, newer["target_critic"][1])
+            load_vector(self.learner.target_critic.state_dict().values(), newer["target_critic"][1], "the target critic")
 
     def settle(self) -> int:
         """Publish, and wait until the store has it."""

@@ -10,6 +10,7 @@ import numpy as np
 from modip_ray.config import Config
 from modip_ray.learning.limiter import STREAMS, RateLimiter, Stream
 from modip_ray.learning.replay import Batch, MixedReplay, ReplayBuffer, Segment
+from modip_ray.schedule import widened
 from modip_ray.tasks.episode import Episode
 
 RECENT = 4000                       # online transitions behind the planner's statistics
@@ -38,7 +39,7 @@ class ReplayServer:
 
     def share(self, start: float, end: float) -> float:
         """Online share of a batch: linear from start to end over the online phase."""
-        return start + (end - start) * min(self.env_steps / max(self.cfg.online.env_steps, 1), 1.0)
+        return widened(start, end, self.env_steps / max(self.cfg.online.env_steps, 1))
 
     def sample(self, stream: Stream) -> Batch:
         """The next batch of a stream, counted as granted; ask `limiter.may_sample` first."""

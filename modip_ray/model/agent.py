@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modip_ray.config import Config
 from modip_ray.model.critic import ValueEnsemble
 from modip_ray.model.diffusion import DiffusionPolicy
+from modip_ray.model.networks import flat_vector, load_vector
 from modip_ray.model.world_model import WorldModel
 
 Part = Literal["policy", "model"]
@@ -70,20 +71,11 @@ class Agent(nn.Module):
 
     def flat(self, part: Part | None = None) -> np.ndarray:
         """A part's parameters and buffers as one float32 vector: what a learner publishes."""
-        return torch.cat([t.detach().reshape(-1).float() for t in self.part(part).values()]).cpu().numpy()
+        return flat_vector(self.part(part).values())
 
-    @torch.no_grad()
     def load_flat(self, vector: np.ndarray, part: Part | None = None) -> None:
         """Inverse of `flat`, in place. ValueError when the vector's length does not fit this configuration."""
-        state = self.part(part)
-        size = sum(t.numel() for t in state.values())
-        if vector.shape != (size,):
-            raise ValueError(f"weight vector of shape {vector.shape} does not fit {part or 'this agent'}, which holds {size} numbers: "
-                             "same model config on both sides?")
-        source, at = torch.from_numpy(np.array(vector, np.float32)), 0              # a copy of our own: the vector may live in shared memory
-        for t in state.values():
-            t.copy_(source[at:at + t.numel()].view(t.shape))
-            at += t.numel()
+        load_vector(self.part(part).values(), vector, part or "this agent")
 
     def frozen_copy(self) -> Agent:
         return copy.deepcopy(self).requires_grad_(False).eval()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,3 +86,21 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
 def ema_update(target: nn.Module, source: nn.Module, rate: float) -> None:
     """target <- (1 - rate) * target + rate * source, all parameters at once."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
+
+
+def flat_vector(tensors: Iterable[Tensor]) -> np.ndarray:
+    """All tensors as one float32 vector: how weights travel."""
+    return torch.cat([t.detach().reshape(-1).float() for t in tensors]).cpu().numpy()
+
+
+@torch.no_grad()
+def load_vector(tensors: Iterable[Tensor], vector: np.ndarray, name: str) -> None:
+    """Inverse of `flat_vector`, in place. ValueError when the vector's length does not fit what `name` names."""
+    tensors = list(tensors)
+    size = sum(t.numel() for t in tensors)
+    if vector.shape != (size,):
+        raise ValueError(f"weight vector of shape {vector.shape} does not fit {name}, which holds {size} numbers: same model config on both sides?")
+    source, at = torch.from_numpy(np.array(vector, np.float32)), 0                  # a copy of our own: the vector may live in shared memory
+    for t in tensors:
+        t.copy_(source[at:at + t.numel()].view(t.shape))
+        at += t.numel()

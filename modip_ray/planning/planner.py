@@ -16,6 +16,7 @@ from torch import Tensor
 from modip_ray.config import Config
 from modip_ray.model.agent import Agent
 from modip_ray.planning.mppi import mppi
+from modip_ray.schedule import widened
 from modip_ray.timing import Timer
 
 Mode = Literal["mpc", "policy"]
@@ -30,11 +31,6 @@ class Plan:
     plans: np.ndarray      # (B, H, Da) the whole planned sequence
     gains: np.ndarray      # (B,) predicted return of the plan minus that of the policy's own proposals, less the guard's penalty (NaN in policy mode)
     version: int           # of the weights that planned
-
-
-def widened(start: float, end: float, progress: float) -> float:
-    """Linear from start to end over progress 0..1."""
-    return start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
 class WarmStarts:
