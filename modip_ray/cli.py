@@ -1,4 +1,4 @@
-"""The command line: train, eval, collect, data info, report, bench. Errors that a user can mend print one line and exit with 2."""
+"""The command line: train, eval, collect, data, report, bench. Errors that a user can mend print one line and exit with 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modip_ray import __version__
+from modip_ray import __version__, data_cli
 from modip_ray.config import Config, ConfigError, load
 
 
@@ -63,9 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True)
 
-    data = commands.add_parser("data", help="look at data files").add_subparsers(dest="data_command", required=True, metavar="info")
-    p = command(data, "info", run_data_info, "episodes, returns and ranges of a D4RL-layout file")
-    p.add_argument("file", type=Path)
+    data_cli.add_parsers(commands)
 
     p = command(commands, "report", run_report, "write report/index.html of one or more runs")
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -111,7 +109,8 @@ def run_eval(args: argparse.Namespace) -> int:
         found = evaluate_run(args.run_folder, args.mode, args.episodes, args.seed)
         scores = {args.mode: found}
     for mode, s in scores.items():
-        print(f"{mode}: {number(s['mean'])}  (95 %: {interval(s['ci95'])}, {s['episodes']} episodes, normalised {number(s['normalized'])})")
+        also = "".join(f", {name} {number(m['mean'])}" for name, m in s["also"].items())
+        print(f"{mode}: {s['metric']} {number(s['mean'])}  (95 %: {interval(s['ci95'])}, {s['episodes']} episodes{also}, normalised {number(s['normalized'])})")
     for mode, d in found.get("against_bc", {}).items():
         print(f"{mode} - bc, paired by seed: {number(d['mean'])}  (95 %: {interval(d['ci95'])}), {d['ratio']:.3f} x")
     write_json(args.json_file, found)
@@ -127,12 +126,6 @@ def run_collect(args: argparse.Namespace) -> int:
     if is_run and args.task:
         raise ConfigError("--task cannot be given with a run folder: a run's policy acts in the run's own task")
     print(describe(collect_run(cfg, args.policy, args.mode, args.transitions, args.seed, args.out)))
-    return 0
-
-
-def run_data_info(args: argparse.Namespace) -> int:
-    from modip_ray.tasks.d4rl_data import describe, read_d4rl
-    print(describe(read_d4rl(args.file, max_episode_steps=1000, action_range=None)))
     return 0
 
 

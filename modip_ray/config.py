@@ -22,18 +22,24 @@ import yaml
 
 from modip_ray.config_rules import ConfigError, validate
 
+FREE_FORM = ("env_kwargs",)      # groups whose keys are the user's
+
 
 @dataclass(frozen=True)
 class Task:
     name: str
     env: str
+    env_kwargs: dict
     family: str | None
+    metric: Literal["return", "subtasks", "success"]
     max_episode_steps: int
 
 
 @dataclass(frozen=True)
 class Data:
     source: str
+    filter_key: str | None
+    rewards: Literal["stored", "newly_done"]
     transitions: int
     max_transitions: int | None
     cache: str | None
@@ -41,6 +47,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Policy:
+    network: Literal["mlp", "unet"]
     horizon: int
     n_action_steps: int
     width: int
@@ -289,10 +296,21 @@ def find_config(name: str | Path) -> Path:
 
 
 def task_tree(name: str) -> dict[str, Any]:
+    """configs/tasks/<name>.yaml, on top of the task that its `extends` names."""
     path = config_dir() / "tasks" / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"unknown task {name!r}{nearest(name, task_names())}; known tasks: {', '.join(task_names())}")
-    return read_yaml(path)
+    tree = read_yaml(path)
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    return stacked(task_tree(base), tree)
+
+
+def stacked(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both mappings, group by group; where both have a setting, `above` counts."""
+    both = {k: stacked(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) and k not in FREE_FORM else v for k, v in above.items()}
+    return below | both
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -315,7 +333,7 @@ def merge(tree: dict[str, Any], layer: dict[str, Any], source: str, prefix: str 
     for key, value in layer.items():
         if key not in tree:
             raise ConfigError(f"{source}: unknown setting {prefix}{key!r}{nearest(str(key), list(tree))} (allowed here: {', '.join(tree)})")
-        if isinstance(tree[key], dict):
+        if isinstance(tree[key], dict) and key not in FREE_FORM:
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {prefix}{key} is a group of settings ({', '.join(tree[key])}), got {value!r}")
             merge(tree[key], value, source, f"{prefix}{key}.")

@@ -21,6 +21,7 @@ from modip_ray.runfolder import RunFolder, command_line, git_commit, machine, ve
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
 from modip_ray.tasks.dataset import Dataset
 from modip_ray.tasks.envs import EnvFactory
+from modip_ray.tasks.scores import measure
 
 TICK_S = 1.0
 
@@ -71,7 +72,7 @@ def offline_phase(session: Session, factory: EnvFactory) -> Dataset:
         session.progress.update(done)
         session.stop.check()
     data = load_data(cfg, factory, session.folder.path, progress)
-    session.data_score = score(cfg, data.returns)
+    session.data_score = score(cfg, measure(cfg.task.metric, data.episodes))
     session.progress.scores(data=session.data_score["mean"])
     session.progress.update(data.transitions)
     session.progress.finish(source_label(cfg))

@@ -39,15 +39,15 @@ def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: i
     cfg, agent, bc, env_steps = agent_of_run(run)
     need_bc(run, mode, bc)
     jobs = jobs_for(mode, episodes or cfg.eval.episodes, cfg.eval.seed if seed is None else seed)
-    returns, seeds = joined([run_job(cfg, agent, env_factory(cfg.task), job, env_steps, bc) for job in jobs], mode)
-    return {"mode": mode, "run": str(run), "env_steps": env_steps, **score(cfg, returns, seeds)}
+    measures, seeds = joined([run_job(cfg, agent, env_factory(cfg.task), job, env_steps, bc) for job in jobs], mode)
+    return {"mode": mode, "run": str(run), "env_steps": env_steps, **score(cfg, measures, seeds)}
 
 
 def compare_run(run: Path, episodes: int | None = None, seed: int | None = None) -> dict:
     """BC, the policy alone and the planner on the same seeds; against_bc holds the paired differences and the ratio of means."""
     scores = {mode: evaluate_run(run, mode, episodes, seed) for mode in MODES}
     bc = scores["bc"]
-    against = {mode: paired_difference(s["returns"], bc["returns"]) | {"ratio": s["mean"] / bc["mean"] if bc["mean"] else float("nan")}
+    against = {mode: paired_difference(s["values"], bc["values"]) | {"ratio": s["mean"] / bc["mean"] if bc["mean"] else float("nan")}
                for mode, s in scores.items() if mode != "bc"}
     return {"run": str(run), "env_steps": bc["env_steps"], "command": command_line(), "git": git_commit(), "machine": machine(), "versions": versions(),
             "scores": scores, "against_bc": against}

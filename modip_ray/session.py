@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from modip_ray.learning.system import Report, Status, System
 from modip_ray.report.metrics import MetricsLog
 from modip_ray.report.progress import Progress
 from modip_ray.runfolder import RunFolder
-from modip_ray.tasks.scores import bootstrap_ci, score_summary
+from modip_ray.tasks.scores import score_summary
 
 
 class Stopped(Exception):
@@ -55,17 +55,15 @@ class StopSignals:
             raise Stopped
 
 
-def score(cfg: Config, returns: Sequence[float], seeds: Sequence[int] | None = None) -> dict:
-    """S of summary.json: mean, 95 % interval, normalised mean, returns, seeds."""
-    found = score_summary(returns, cfg.task.family, seeds)
-    found["ci95"] = bootstrap_ci(returns, resamples=cfg.eval.bootstrap)
-    return found
+def score(cfg: Config, measures: Mapping[str, Sequence[float]], seeds: Sequence[int] | None = None) -> dict:
+    """S of summary.json: see `score_summary`."""
+    return score_summary(measures, cfg.task.family, seeds, cfg.eval.bootstrap)
 
 
 def scores_of(cfg: Config, outcomes: Sequence[Outcome]) -> dict[str, dict]:
     """S by mode, for the modes that were evaluated."""
     found = {mode: joined(outcomes, mode) for mode in MODES}
-    return {mode: score(cfg, returns, seeds) for mode, (returns, seeds) in found.items() if returns}
+    return {mode: score(cfg, measures, seeds) for mode, (measures, seeds) in found.items() if seeds}
 
 
 class Session:

@@ -37,9 +37,10 @@ class Actor(nn.Module):
 
 
 class TwinQ(nn.Module):
-    """Two critics as one batched product: weights (2, in, out)."""
-    def __init__(self, dim: int, width: int = 256):
+    """Two critics as one batched product: weights (2, in, out). `norm`: layer normalisation of hidden layers (RLPD, 2302.02948), which steadies them."""
+    def __init__(self, dim: int, width: int = 256, norm: bool = False):
         super().__init__()
+        self.norm = norm
         sizes = [dim, width, width, 1]
         self.w = nn.ParameterList(nn.Parameter((torch.rand(2, i, o) * 2 - 1) / i**0.5) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
         self.b = nn.ParameterList(nn.Parameter(torch.zeros(2, 1, o)) for o in sizes[1:])
@@ -48,7 +49,8 @@ class TwinQ(nn.Module):
         x = torch.cat([obs, act], -1).expand(2, -1, -1)
         for i, (w, b) in enumerate(zip(self.w, self.b, strict=True)):
             x = torch.baddbmm(b, x, w)
-            x = torch.relu(x) if i < 2 else x
+            if i < 2:
+                x = torch.relu(nn.functional.layer_norm(x, x.shape[-1:]) if self.norm else x)
         return x.squeeze(-1)                                                        # (2, B)
 
 
@@ -76,12 +78,13 @@ def main():
     p.add_argument("--max-steps", type=int, default=1_000_000)
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--check-every", type=int, default=5000)
+    p.add_argument("--layer-norm", action="store_true", help="layer-normalised critics")
     a = p.parse_args()
     torch.manual_seed(a.seed)
     rng = np.random.default_rng(a.seed)
     env = gym.make(a.env_id)
     do, da = env.observation_space.shape[0], env.action_space.shape[0]
-    actor, q = Actor(do, da), TwinQ(do + da)
+    actor, q = Actor(do, da), TwinQ(do + da, norm=a.layer_norm)
     q_target = copy.deepcopy(q).requires_grad_(False)
     log_alpha = torch.zeros((), requires_grad=True)
     opt_a = torch.optim.Adam(actor.parameters(), a.lr, fused=True)

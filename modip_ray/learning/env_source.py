@@ -14,10 +14,10 @@ from modip_ray.tasks.envs import EnvFactory, make_env, make_envs
 
 
 def env_factory(task: Task) -> EnvFactory:
-    """Makes `task.env`: a gymnasium id, or "module:Class" (or "module:function") of the user's own, called without arguments."""
+    """Makes `task.env`: a gymnasium id, or "module:Class" (or "module:function"), with task.env_kwargs as keyword arguments."""
     if ":" in task.env and not re.search(r"-v\d+$", task.env):
-        return own_class(task.env)
-    return functools.partial(registered_env, task.env)
+        return functools.partial(own_env, own_class(task.env), task.env, task.env_kwargs)
+    return functools.partial(registered_env, task.env, **task.env_kwargs)
 
 
 def registered_env(env_id: str, render_mode: str | None = None, **kwargs) -> gym.Env:
@@ -26,6 +26,18 @@ def registered_env(env_id: str, render_mode: str | None = None, **kwargs) -> gym
         return make_env(env_id, render_mode, **kwargs)
     except gym.error.Error as error:
         raise ConfigError(f"task.env: gymnasium cannot make {env_id!r} ({error}); give a registered id, or 'module:Class' of your own") from error
+
+
+def own_env(make: EnvFactory, name: str, kwargs: dict, **more: object) -> gym.Env:
+    """make(**kwargs, **more); ConfigError where a package is missing or the arguments do not suit."""
+    try:
+        return make(**kwargs, **more)
+    except ImportError as error:
+        raise ConfigError(f"task.env: {name} cannot be made: {error}") from error
+    except (TypeError, ValueError) as error:
+        if more:                                                                    # what rendering asks for; not every environment takes a size
+            raise
+        raise ConfigError(f"task.env: {name} cannot be made with task.env_kwargs={kwargs}: {error}") from error
 
 
 def own_class(name: str) -> EnvFactory:

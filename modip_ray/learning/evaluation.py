@@ -15,6 +15,7 @@ from modip_ray.model.agent import Agent
 from modip_ray.planning.planner import Planner
 from modip_ray.tasks.envs import EnvFactory, env_seed
 from modip_ray.tasks.rollout import rollout_episodes
+from modip_ray.tasks.scores import measure
 from modip_ray.timing import Timer
 
 EvalMode = Literal["bc", "policy", "mpc"]
@@ -33,9 +34,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
+    """What came of a job: measures by name (tasks/scores.py) and lengths, one value an episode."""
+
     job: Job
-    returns: list[float]
+    measures: dict[str, list[float]]
     lengths: list[int]
+
+    @property
+    def returns(self) -> list[float]:
+        return self.measures["return"]
 
 
 def jobs_for(mode: EvalMode, episodes: int, seed: int) -> list[Job]:
@@ -60,13 +67,14 @@ def run_job(cfg: Config, agent: Agent, env_factory: EnvFactory, job: Job, env_st
     def act(obs: np.ndarray, slots: np.ndarray, reset: np.ndarray) -> np.ndarray:
         return planner.plan(obs, slots.tolist(), reset, mode).actions
     episodes = rollout_episodes(act, env_factory, job.seeds, cfg.task.max_episode_steps)
-    return Outcome(job, [e.ret for e in episodes], [e.length for e in episodes])
+    return Outcome(job, measure(cfg.task.metric, episodes), [e.length for e in episodes])
 
 
-def joined(outcomes: Sequence[Outcome], mode: EvalMode) -> tuple[list[float], list[int]]:
-    """Returns and seeds of a mode's outcomes, by ascending seed."""
-    pairs = sorted((seed, ret) for o in outcomes if o.job.mode == mode for seed, ret in zip(o.job.seeds, o.returns, strict=True))
-    return [ret for _, ret in pairs], [seed for seed, _ in pairs]
+def joined(outcomes: Sequence[Outcome], mode: EvalMode) -> tuple[dict[str, list[float]], list[int]]:
+    """Measures and seeds of a mode's outcomes, by ascending seed; both empty where the mode was not evaluated."""
+    mine = sorted((o for o in outcomes if o.job.mode == mode), key=lambda o: o.job.seeds)
+    names = mine[0].measures if mine else {}
+    return {name: [v for o in mine for v in o.measures[name]] for name in names}, [seed for o in mine for seed in o.job.seeds]
 
 
 @torch.inference_mode()

@@ -1,16 +1,19 @@
-"""Where a run's offline data come from: a file, or a policy that is rolled out once and kept in a file."""
+"""Where a run's offline data come from: a dataset that exists, or a policy that is rolled out once and kept in a file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from modip_ray.config import Config, ConfigError
 from modip_ray.learning.env_source import spaces
 from modip_ray.tasks.collect import Policy, collect
-from modip_ray.tasks.d4rl_data import DataError, Dataset, read_d4rl, write_d4rl
+from modip_ray.tasks.d4rl_data import DataError, Dataset, write_d4rl
 from modip_ray.tasks.demonstrator import DEMONSTRATORS, TanhGaussianPolicy, demonstrator_path
 from modip_ray.tasks.envs import EnvFactory
+from modip_ray.tasks.kitchen import newly_done
+from modip_ray.tasks.readers import read_any
 
 Progress = Callable[[int, int], None]
 
@@ -28,26 +31,31 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
     DataError where a file is unsound, fits another environment, or was collected with other settings.
     """
     obs_dim, low, high = spaces(env_factory)
-    limits = (float(low.min()), float(high.max()))
-    if is_file_source(cfg):
-        path = Path(cfg.data.source)
-    else:
+    if rolls_out(cfg.data.source):
         path = Path(cfg.data.cache) if cfg.data.cache else folder / "data.hdf5"
         if not path.is_file():
             collect_to(cfg, policy_of(cfg.data.source, cfg.task.family), env_factory, path, progress)
-    dataset = read_d4rl(path, cfg.data.max_transitions, cfg.task.max_episode_steps, limits)
-    if not is_file_source(cfg):
+        source = str(path)
+    else:
+        source = cfg.data.source
+    dataset = read_any(source, max_transitions=cfg.data.max_transitions, max_episode_steps=cfg.task.max_episode_steps,
+                       action_range=(float(low.min()), float(high.max())), filter_key=cfg.data.filter_key)
+    if rolls_out(cfg.data.source):
         check_origin(cfg, dataset, path)
     first = dataset.episodes[0]
     for key, expected in (("observations", obs_dim), ("actions", len(low))):
         got = getattr(first, key).shape[1]
         if got != expected:
-            raise DataError(f"{path}: {key} have {got} columns, but {cfg.task.env} has {expected}; is data.source for another task than task.env?")
+            raise DataError(f"{source}: {key} have {got} columns, but {cfg.task.env} has {expected}; is data.source for another task than task.env?")
+    if cfg.data.rewards == "newly_done":
+        episodes = [replace(e, rewards=newly_done(e.rewards)) for e in dataset.episodes]
+        dataset = replace(dataset, episodes=episodes, notes=(*dataset.notes, "rewards: newly done subtasks, from the number done so far that the file stores"))
     return dataset
 
 
-def is_file_source(cfg: Config) -> bool:
-    return cfg.data.source != "demonstrator" and not cfg.data.source.startswith("policy:")
+def rolls_out(source: str) -> bool:
+    """The source is a policy that makes the data, not a dataset."""
+    return source == "demonstrator" or source.startswith("policy:")
 
 
 def policy_of(source: str, family: str | None) -> TanhGaussianPolicy:
@@ -55,7 +63,7 @@ def policy_of(source: str, family: str | None) -> TanhGaussianPolicy:
     if source == "demonstrator":
         if family not in DEMONSTRATORS:
             raise ConfigError(f"data.source: there is no demonstrator for task.family={family!r} (only {', '.join(DEMONSTRATORS)}); "
-                              "give the path of a D4RL-layout HDF5 file")
+                              "give data.source a file, a catalogue name (modip data list) or minari:<id>")
         return TanhGaussianPolicy.from_npz(demonstrator_path(family))
     return TanhGaussianPolicy.from_d4rl(source.removeprefix("policy:"))
 

@@ -58,7 +58,8 @@ class Agent(nn.Module):
         self.obs_dim, self.action_dim = obs_dim, action_dim
         p, w, c = cfg.policy, cfg.world_model, cfg.critic
         self.normalizer = Normalizer(obs_dim, action_dim)
-        self.policy = DiffusionPolicy(obs_dim, action_dim, p.horizon, p.denoising_steps, p.width, p.blocks, p.parametrization)   # the EMA weights
+        self.policy = DiffusionPolicy(obs_dim, action_dim, p.horizon, p.denoising_steps, p.width, p.blocks, p.parametrization,
+                                      p.network)                                    # the EMA weights
         self.world_model = WorldModel(obs_dim, action_dim, w.latent, w.width, w.simnorm_group)
         self.critic = ValueEnsemble(w.latent, c.width, c.members, c.head, c.bins, c.bound, c.expectile)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modip_ray.model.networks import ResidualMLP, timestep_features
+from modip_ray.model.unet import TemporalUNet
 
 TIME_DIM = 32
 
@@ -32,27 +33,45 @@ def ddim_timesteps(train_steps: int, steps: int) -> list[int]:
 
 
 class DiffusionPolicy(nn.Module):
-    """p(a_{t:t+H} | s_t) as a denoiser. `parametrization` says what the network predicts: the noise ("eps") or the clean chunk ("sample")."""
+    """p(a_{t:t+H} | s_t) as a denoiser. `parametrization` says what the network predicts: the noise ("eps") or the clean chunk ("sample").
+
+    `network`: a residual MLP on the flat chunk ("mlp"; `blocks` in all), or a temporal U-Net ("unet"; `blocks` a level).
+    """
 
     alpha_bar: Tensor
 
     def __init__(self, obs_dim: int, action_dim: int, horizon: int, denoising_steps: int = 20, width: int = 256, blocks: int = 2,
-                 parametrization: str = "sample"):
+                 parametrization: str = "sample", network: str = "mlp"):
         super().__init__()
         if parametrization not in ("eps", "sample"):
             raise ValueError(f"policy.parametrization must be 'eps' or 'sample', got {parametrization!r}")
+        if network not in ("mlp", "unet"):
+            raise ValueError(f"policy.network must be 'mlp' or 'unet', got {network!r}")
         self.horizon, self.action_dim, self.denoising_steps, self.parametrization = horizon, action_dim, denoising_steps, parametrization
+        self.network = network
         self.register_buffer("alpha_bar", cosine_alpha_bar(denoising_steps))        # (K,)
         self.obs_in = nn.Sequential(nn.Linear(obs_dim, width), nn.SiLU(), nn.Linear(width, width))
-        self.chunk_in = nn.Linear(horizon * action_dim, width)
+        if network == "mlp":                                                        # in this order: seeds and weight vectors depend on it
+            self.chunk_in = nn.Linear(horizon * action_dim, width)
         self.time_in = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width))
-        self.trunk = ResidualMLP(width, blocks)
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, horizon * action_dim))
+        if network == "mlp":
+            self.trunk = ResidualMLP(width, blocks)
+            self.out = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, horizon * action_dim))
+        else:
+            self.unet = TemporalUNet(action_dim, horizon, width, blocks)
+
+    def embed(self, obs: Tensor, n: int = 1) -> Tensor:
+        """What denoise needs to know of obs (B, Do) for n samples a row: (B*n, W) for the MLP, (B, F) for the U-Net, whose samples share it."""
+        features = self.obs_in(obs)                                                 # (B, W)
+        return features.repeat_interleave(n, 0) if self.network == "mlp" else self.unet.film_obs(features)
 
     def denoise(self, obs_features: Tensor, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions of (clean chunk, noise), each (R, H*Da), from features (R, W), noisy chunks (R, H*Da) and steps t (R,) or (1,)."""
-        x = obs_features + self.chunk_in(noisy) + self.time_in(timestep_features(t, TIME_DIM))
-        pred = self.out(self.trunk(x))                                              # (R, H*Da)
+        """Predictions of (clean chunk, noise), each (R, H*Da), from embed's features, noisy chunks (R, H*Da) and steps t (1,), or (R,) for R = B."""
+        time = self.time_in(timestep_features(t, TIME_DIM))                         # (R, W) or (1, W)
+        if self.network == "mlp":
+            pred = self.out(self.trunk(obs_features + self.chunk_in(noisy) + time))     # (R, H*Da)
+        else:
+            pred = self.unet(obs_features, noisy, time)                             # (R, H*Da)
         signal = self.alpha_bar[t].sqrt().unsqueeze(-1)                             # (R, 1)
         sigma = (1 - self.alpha_bar[t]).sqrt().unsqueeze(-1)
         if self.parametrization == "eps":
@@ -67,7 +86,7 @@ class DiffusionPolicy(nn.Module):
         flat, eps = chunk.flatten(1), noise.flatten(1)                              # (B, H*Da)
         signal = self.alpha_bar[t].sqrt().unsqueeze(-1)
         sigma = (1 - self.alpha_bar[t]).sqrt().unsqueeze(-1)
-        clean_pred, eps_pred = self.denoise(self.obs_in(obs), signal * flat + sigma * eps, t)
+        clean_pred, eps_pred = self.denoise(self.embed(obs), signal * flat + sigma * eps, t)
         error = (eps_pred - eps if self.parametrization == "eps" else clean_pred - flat).square().view_as(chunk)   # (B, H, Da)
         row_weight = weight[:, None] * mask                                         # (B, H)
         return (error.mean(-1) * row_weight).sum() / row_weight.sum().clamp(min=1e-6)
@@ -79,7 +98,7 @@ class DiffusionPolicy(nn.Module):
         The observation is embedded once per row, however many samples and steps follow.
         """
         b, n = noise.shape[:2]
-        features = self.obs_in(obs).repeat_interleave(n, 0)                         # (B*n, W)
+        features = self.embed(obs, n)
         x = noise.reshape(b * n, -1)                                                # (B*n, H*Da)
         times = ddim_timesteps(self.denoising_steps, steps)
         for t, t_next in zip(times, [*times[1:], -1], strict=True):

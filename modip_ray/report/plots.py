@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from modip_ray.report.scores import ROWS
+from modip_ray.report.scores import ROWS, metric_of
 from modip_ray.report.svg import COLORS, chart, new_axes, number_axes, thin
 
 MAX_SNAPSHOTS = 5  # shades of the horizon chart
@@ -42,7 +42,7 @@ def learning_curves(rows: Sequence[Mapping], scores: Mapping[str, Mapping]) -> F
     last = max([1, *(int(steps[-1]) for steps, _, _ in curves.values() if len(steps))])
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.set_xlabel("environment steps")
-    axes.set_ylabel("score")
+    axes.set_ylabel(metric_of(scores))
     number_axes(axes)
     return figure
 

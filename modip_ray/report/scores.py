@@ -65,6 +65,16 @@ def verdict(scores: Mapping[str, Mapping], name: str) -> str:
     return "below BC, intervals apart" if ours[1] < base[0] else "intervals overlap"
 
 
+def metric_of(scores: Mapping[str, Mapping]) -> str:
+    """What the means are of: "return" (also for runs that do not say), "subtasks/4" or "success"."""
+    return next((s["metric"] for s in scores.values() if s.get("metric")), "return")
+
+
+def also_measured(scores: Mapping[str, Mapping]) -> list[str]:
+    """Names of the measures beside the headline, e.g. "all four"."""
+    return list(next((s["also"] for s in scores.values() if s.get("also")), {}))
+
+
 def score_cells(scores: Mapping[str, Mapping], task: str, env_id: str) -> list[dict[str, str]]:
     """One dict of display strings per present score, in the order data, BC, DP-only, MPC."""
     paper = published_for(task, env_id)
@@ -83,21 +93,24 @@ def score_cells(scores: Mapping[str, Mapping], task: str, env_id: str) -> list[d
             "normalized": number(score.get("normalized")),
         }
         cell |= {"ratio": "-" if times is None else f"{times:.2f}", "verdict": verdict(scores, name), "episodes": str(score.get("episodes") or "-")}
-        cells.append({**cell, "paper": beside.get(name, "")})
+        also = {measure: number((score.get("also") or {}).get(measure, {}).get("mean")) for measure in also_measured(scores)}
+        cells.append({**cell, "paper": beside.get(name, ""), **also})
     return cells
 
 
 def final_table(summary: Mapping) -> str:
     """The table printed when a run ends; `summary` as in summary.json, parts of it may be absent."""
     task, env_id = str(summary.get("task", "")), str(summary.get("env_id", ""))
-    cells = score_cells(summary.get("scores") or {}, task, env_id)
+    scores = summary.get("scores") or {}
+    cells = score_cells(scores, task, env_id)
     if not cells:
         return f"{env_id or task or 'run'}: no scores yet"
     paper = published_for(task, env_id)
     columns = [("label", "", 9), ("mean", "mean", 9), ("ratio", "x BC", 7), ("ci95", "95 % interval", 19)]
+    columns += [(name, name, len(name) + 3) for name in also_measured(scores)]
     columns += [("normalized", "normalised", 12), ("episodes", "episodes", 10)]
     columns += [("paper", "paper", 16)] if paper else []
-    lines = [f"{env_id} ({task}): raw score" if task else f"{env_id}: raw score"]
+    lines = [f"{env_id} ({task}): {metric_of(scores)}" if task else f"{env_id}: {metric_of(scores)}"]
     lines.append("".join(f"{title:<{width}}" if key == "label" else f"{title:>{width}}" for key, title, width in columns))
     for cell in cells:
         line = "".join(f"{cell[key]:<{width}}" if key == "label" else f"{cell[key]:>{width}}" for key, _, width in columns)

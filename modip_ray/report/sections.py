@@ -11,7 +11,7 @@ from pathlib import Path
 from modip_ray.report import plots
 from modip_ray.report.published import NOTE, published_for
 from modip_ray.report.rundata import RunData, role_times
-from modip_ray.report.scores import MEANING, ROWS, interval, number, score_cells
+from modip_ray.report.scores import MEANING, ROWS, also_measured, interval, metric_of, number, score_cells
 from modip_ray.report.timing_html import phases_table, time_table
 
 EMBED_LIMIT = 4 * 1024 * 1024  # bytes of video kept inside the page
@@ -70,11 +70,12 @@ def score_table(run: RunData) -> str:
     if not cells:
         return section("Scores", missing("No scores yet: metrics.jsonl holds no row of kind 'data' or 'eval'. The first evaluation follows pre-training."))
     paper = published_for(run.task, run.env_id)
-    head = ["", "mean", "x BC", "95 % interval", "normalised", "episodes", *(["paper"] if paper else [])]
+    others = also_measured(run.scores)
+    head = ["", metric_of(run.scores), "x BC", "95 % interval", *others, "normalised", "episodes", *(["paper"] if paper else [])]
     body = []
     for cell in cells:
         first = f'<span class="key" style="--c: var(--{cell["name"]})"></span>{cell["label"]}<small class="narrow-hide">{esc(MEANING[cell["name"]])}</small>'
-        numbers = [f"<b>{cell['mean']}</b>", cell["ratio"], cell["ci95"], cell["normalized"], cell["episodes"]]
+        numbers = [f"<b>{cell['mean']}</b>", cell["ratio"], cell["ci95"], *(cell[name] for name in others), cell["normalized"], cell["episodes"]]
         body.append([first, *numbers, *([esc(cell["paper"])] if paper else [])])
     notes = [] if run.finished else ["The run has not finished: these are the latest evaluations, which may use fewer episodes than the final ones."]
     sources = {str(row["source"]) for row in run.of_kind("data") if row.get("source")}

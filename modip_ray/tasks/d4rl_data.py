@@ -15,6 +15,7 @@ from modip_ray.tasks.episode import Episode, first_non_finite
 __all__ = ["DataError", "Dataset", "describe", "read_d4rl", "read_policy", "statistics", "write_d4rl"]
 
 ACTION_TOLERANCE = 1e-4
+BLOCK = 65_536  # rows compared at a time
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)  # what h5py has been seen to raise on flipped bytes
 
 
@@ -217,7 +218,9 @@ def _unmarked_ends(path: Path, observations: np.ndarray, following: np.ndarray, 
     """Flags (T,) where next_observations[t] is not observations[t+1] although no end is marked: replay buffers hold such cuts."""
     joined = len(observations) - 1                                                  # rows whose successor is in the file
     gap = np.zeros(len(ends), bool)
-    gap[:joined] = ~np.isclose(following[:joined], observations[1:], rtol=1e-4, atol=1e-5).all(1) & ~ends[:joined]
+    for begin in range(0, joined, BLOCK):                                            # in blocks: isclose takes several times its arguments' memory
+        block = slice(begin, min(begin + BLOCK, joined))
+        gap[block] = ~np.isclose(following[block], observations[1:][block], rtol=1e-4, atol=1e-5).all(1) & ~ends[block]
     rows = np.flatnonzero(gap)
     if len(rows) > int(ends.sum()) + 1:
         raise DataError(f"{path}: next_observations[{rows[0]}] is not the observation of the next row although its episode goes on, "

@@ -1,19 +1,33 @@
-"""Scores: D4RL's normalisation, bootstrap intervals, and paired differences between two agents on the same seeds."""
+"""Scores: what an episode is judged by, D4RL's normalisation, bootstrap intervals, and paired differences between two agents on the same seeds."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from modip_ray.tasks.episode import Episode
+from modip_ray.tasks.references import references
+
 #: D4RL reference returns (random, expert) by environment family; the kitchen's raw score is the number of subtasks done, 0..4.
-REFERENCE: dict[str, tuple[float, float]] = {
+WRITTEN: dict[str, tuple[float, float]] = {
     "halfcheetah": (-280.178953, 12135.0),
     "hopper": (-20.272305, 3234.3),
     "walker2d": (1.629008, 4592.3),
     "ant": (-325.6, 3879.7),
     "kitchen": (0.0, 4.0),
 }
+#: The same from the d4rl package itself where it is installed.
+REFERENCE = references(WRITTEN)
 RESAMPLES = 10_000
+SUBTASKS = 4                    # of a kitchen task
+
+#: Measures of one episode by metric (config task.metric), from its rewards (T,) alone. The first is the headline.
+#: subtasks: the kitchen's reward is the number of subtasks newly done; success: robomimic's reward is 1 while the task is solved, else 0.
+MEASURES: dict[str, dict[str, Callable[[np.ndarray], float]]] = {
+    "return": {"return": lambda r: float(r.sum(dtype=np.float64))},
+    "subtasks": {"subtasks/4": lambda r: float(r.sum()) / SUBTASKS, "all four": lambda r: float(r.sum() >= SUBTASKS), "return": lambda r: float(r.sum())},
+    "success": {"success": lambda r: float(r.max() >= 1), "return": lambda r: float(r.sum(dtype=np.float64))},
+}
 _BLOCK = 2_000_000  # resampled indices held at a time: 16 MB
 
 
@@ -47,14 +61,26 @@ def bootstrap_ci(values: Sequence[float] | np.ndarray, level: float = 0.95, resa
     return [float(v) for v in np.percentile(means, [tail, 100.0 - tail])]
 
 
-def score_summary(returns: Sequence[float] | np.ndarray, family: str | None = None, seeds: Sequence[int] | None = None) -> dict:
-    """{"mean", "ci95": [lo, hi], "episodes", "normalized", "returns", "seeds"} of some episodes' returns; JSON-ready. `seeds`: one a return, or None."""
-    x = _finite_vector("returns", returns)
+def measure(metric: str, episodes: Sequence[Episode]) -> dict[str, list[float]]:
+    """{measure: one value an episode}, the headline first, "return" always among them."""
+    return {name: [of(e.rewards) for e in episodes] for name, of in MEASURES[metric].items()}
+
+
+def score_summary(measures: Mapping[str, Sequence[float]], family: str | None = None, seeds: Sequence[int] | None = None, resamples: int = RESAMPLES) -> dict:
+    """{"metric", "mean", "ci95": [lo, hi], "episodes", "normalized", "values", "returns", "seeds", "also"} of some episodes; JSON-ready.
+
+    measures : as from `measure`; the first one is the headline, whose values, mean and interval come first; "also" has those of the others
+    family   : of D4RL's normalised score (of the mean *return*), or None
+    seeds    : one an episode, or None
+    """
+    metric = next(iter(measures))
+    x, returns = _finite_vector(metric, measures[metric]), _finite_vector("return", measures["return"])
     seeds = [] if seeds is None else [int(s) for s in seeds]
     if seeds and len(seeds) != len(x):
-        raise ValueError(f"{len(x)} returns but {len(seeds)} seeds; give one seed for each return, or none")
-    mean = float(x.mean())
-    return {"mean": mean, "ci95": bootstrap_ci(x), "episodes": len(x), "normalized": normalized_score(family, mean), "returns": x.tolist(), "seeds": seeds}
+        raise ValueError(f"{len(x)} episodes but {len(seeds)} seeds; give one seed for each episode, or none")
+    also = {name: {"mean": float(np.mean(v)), "ci95": bootstrap_ci(v, resamples=resamples)} for name, v in measures.items() if name != metric}
+    return {"metric": metric, "mean": float(x.mean()), "ci95": bootstrap_ci(x, resamples=resamples), "episodes": len(x),
+            "normalized": normalized_score(family, float(returns.mean())), "values": x.tolist(), "returns": returns.tolist(), "seeds": seeds, "also": also}
 
 
 def paired_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> dict:

@@ -75,7 +75,7 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
     assert summary["env_steps"] >= 900 and summary["updates"] == 60 + int(0.25 * summary["env_steps"])
     assert {"task", "env_id", "run_dir", "scores", "env_steps", "updates", "wall_s", "phase_s", "versions", "git", "machine", "config_hash"} <= set(summary)
     for mode in ("data", "bc", "policy", "mpc"):
-        assert set(summary["scores"][mode]) == {"mean", "ci95", "episodes", "normalized", "returns", "seeds"}
+        assert set(summary["scores"][mode]) == {"metric", "mean", "ci95", "episodes", "normalized", "values", "returns", "seeds", "also"}
     assert (run / "report" / "index.html").is_file() and (run / "config.yaml").is_file()
     kinds = {(row["kind"], row.get("role") or row.get("mode")) for row in read_metrics(run)}
     assert {("train", None), ("data", None), ("diagnostics", None), ("eval", "bc"), ("eval", "policy"), ("eval", "mpc"), ("timing", "driver"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from modip_ray.model.diffusion import DiffusionPolicy, cosine_alpha_bar, ddim_timesteps
+from modip_ray.model.diffusion import TIME_DIM, DiffusionPolicy, cosine_alpha_bar, ddim_timesteps
+from modip_ray.model.networks import ResidualMLP, timestep_features
 
 
 class GaussianPolicy(DiffusionPolicy):
@@ -125,3 +126,24 @@ def test_loss_by_hand(parametrization, squares):
 def test_unknown_parametrization_is_refused():
     with pytest.raises(ValueError, match="policy.parametrization .*'velocity'"):
         DiffusionPolicy(1, 1, 1, parametrization="velocity")
+
+
+def test_unknown_network_is_refused():
+    with pytest.raises(ValueError, match="policy.network must be 'mlp' or 'unet', got 'transformer'"):
+        DiffusionPolicy(1, 1, 1, network="transformer")
+
+
+def test_the_mlp_has_the_names_the_order_and_the_numbers_of_earlier_checkpoints():
+    """Built by hand, in the order in which seeds give weights; weight vectors travel in this order too."""
+    torch.manual_seed(5)
+    parts = {"obs_in": nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 8)), "chunk_in": nn.Linear(8, 8),
+             "time_in": nn.Sequential(nn.Linear(TIME_DIM, 8), nn.SiLU(), nn.Linear(8, 8)), "trunk": ResidualMLP(8, 2),
+             "out": nn.Sequential(nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 8))}
+    expected = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    torch.manual_seed(5)
+    policy = DiffusionPolicy(3, 2, 4, 20, width=8, blocks=2)
+    assert list(policy.state_dict()) == ["alpha_bar", *expected]
+    assert all(torch.equal(policy.state_dict()[key], value) for key, value in expected.items())
+    obs, noisy, t = torch.randn(6, 3), torch.randn(6, 8), torch.arange(6)
+    by_hand = parts["out"](parts["trunk"](parts["obs_in"](obs) + parts["chunk_in"](noisy) + parts["time_in"](timestep_features(t, TIME_DIM))))
+    assert torch.equal(policy.denoise(policy.embed(obs), noisy, t)[0], by_hand)

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from modip_ray.tasks.scores import REFERENCE, bootstrap_ci, env_family, normalized_score, paired_difference, score_summary
+from modip_ray.tasks.episode import Episode
+from modip_ray.tasks.scores import bootstrap_ci, env_family, measure, normalized_score, paired_difference, score_summary
 
 
 def test_normalized_score_hand_values():
@@ -14,19 +15,6 @@ def test_normalized_score_hand_values():
     assert normalized_score(None, 3.0) is None
     with pytest.raises(ValueError, match="hoper.*known: halfcheetah"):
         normalized_score("hoper", 1.0)
-
-
-def test_references_are_d4rl_s():
-    infos = pytest.importorskip("importlib.util").find_spec("d4rl")
-    if infos is None:
-        pytest.skip("d4rl is not installed")
-    scope: dict = {}
-    path = infos.submodule_search_locations[0] + "/infos.py"
-    with open(path) as file:
-        exec(compile(file.read(), path, "exec"), scope)
-    for family, (low, high) in REFERENCE.items():
-        name = "kitchen-complete-v0" if family == "kitchen" else f"{family}-medium-v2"
-        assert (scope["REF_MIN_SCORE"][name], scope["REF_MAX_SCORE"][name]) == pytest.approx((low, high))
 
 
 @pytest.mark.parametrize(("name", "family"), [("HalfCheetah-v4", "halfcheetah"), ("Walker2d-v5", "walker2d"), ("kitchen-complete-v0", "kitchen"),
@@ -59,16 +47,34 @@ def test_bootstrap_blocks_do_not_change_the_interval(monkeypatch):
 
 
 def test_score_summary_is_the_documented_json():
-    s = json.loads(json.dumps(score_summary(np.float32([1000, 3000]), "halfcheetah", seeds=np.arange(2))))
-    assert set(s) == {"mean", "ci95", "episodes", "normalized", "returns", "seeds"}
-    assert (s["mean"], s["ci95"], s["episodes"], s["returns"], s["seeds"]) == (2000.0, [1000.0, 3000.0], 2, [1000.0, 3000.0], [0, 1])
+    s = json.loads(json.dumps(score_summary({"return": np.float32([1000, 3000])}, "halfcheetah", seeds=np.arange(2))))
+    assert set(s) == {"metric", "mean", "ci95", "episodes", "normalized", "values", "returns", "seeds", "also"}
+    assert (s["metric"], s["mean"], s["ci95"], s["episodes"], s["seeds"], s["also"]) == ("return", 2000.0, [1000.0, 3000.0], 2, [0, 1], {})
+    assert s["values"] == s["returns"] == [1000.0, 3000.0]
     assert s["normalized"] == pytest.approx(100 * 2280.178953 / 12415.178953)
-    assert score_summary([1.0])["normalized"] is None
+    assert score_summary({"return": [1.0]})["normalized"] is None
+
+
+def test_headline_and_other_measures():
+    s = score_summary(measure("subtasks", [rewarded(0, 1, 0, 1), rewarded(1, 1, 1, 1)]), "kitchen")
+    assert (s["metric"], s["mean"], s["values"], s["returns"], s["normalized"]) == ("subtasks/4", 0.75, [0.5, 1.0], [2.0, 4.0], 75.0)
+    assert {name: m["mean"] for name, m in s["also"].items()} == {"all four": 0.5, "return": 3.0}
+    assert s["also"]["all four"]["ci95"] == [0.0, 1.0]
+
+
+def rewarded(*rewards):
+    n = len(rewards)
+    return Episode(np.zeros((n + 1, 1), np.float32), np.zeros((n, 1), np.float32), np.float32(rewards), False)
+
+
+def test_success_is_ever_solved_not_the_sum():
+    assert measure("success", [rewarded(0, 1, 1), rewarded(0, 0, 0), rewarded(1, 0, 0)]) == {"success": [1.0, 0.0, 1.0], "return": [2.0, 0.0, 1.0]}
+    assert measure("return", [rewarded(0.5, -2)]) == {"return": [-1.5]}
 
 
 @pytest.mark.parametrize(("call", "words"), [
-    (lambda: score_summary([]), "non-empty"), (lambda: score_summary([1.0, float("nan")]), r"returns\[1\] is not finite"),
-    (lambda: score_summary([1.0, 2.0], seeds=[1]), "2 returns but 1 seeds"), (lambda: paired_difference([1.0], [1.0, 2.0]), "same seeds"),
+    (lambda: score_summary({"return": []}), "non-empty"), (lambda: score_summary({"return": [1.0, float("nan")]}), r"return\[1\] is not finite"),
+    (lambda: score_summary({"return": [1.0, 2.0]}, seeds=[1]), "2 episodes but 1 seeds"), (lambda: paired_difference([1.0], [1.0, 2.0]), "same seeds"),
 ])
 def test_bad_scores_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
