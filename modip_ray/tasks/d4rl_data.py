@@ -37,7 +37,7 @@ def read_d4rl(path: str | Path, max_transitions: int | None = None, max_episode_
     """
     if max_transitions is not None and max_transitions < 1:
         raise ValueError(f"max_transitions is {max_transitions}; at least 1 is needed")
-    path = Path(path)
+    path, notes = Path(path), []
     with _opened(path) as file:
         rows = _rows(path, file)
         used = rows if max_transitions is None else min(rows, max_transitions)
@@ -52,12 +52,13 @@ def read_d4rl(path: str | Path, max_transitions: int | None = None, max_episode_
                             f"pass max_episode_steps to cut at. The file has {_names(file)}")
         else:
             timeouts = _time_limits(terminals, max_episode_steps)
+            if timeouts.any():
+                notes.append(f"no timeouts: {int(timeouts.sum())} episode(s) taken to end at the time limit of {max_episode_steps} steps")
         following = _read(path, file, "next_observations", used, 2) if "next_observations" in file else None
         metadata = _short_metadata(file)
     if following is not None and following.shape[1] != observations.shape[1]:
         raise DataError(f"{path}: 'next_observations' has {following.shape[1]} columns, expected {observations.shape[1]} like 'observations'")
     _check_actions(path, actions, action_range)
-    notes: list[str] = []
     ends = terminals | timeouts
     if following is not None:
         ends = ends | _unmarked_ends(path, observations, following, ends, notes)
@@ -94,9 +95,9 @@ def write_d4rl(path: str | Path, episodes: Sequence[Episode], metadata: Mapping)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with h5py.File(temporary, "w") as file:
+        with h5py.File(temporary, "w", libver="v110") as file:                      # HDF5's checksums: over its own structure since v110,
             for key, value in arrays.items():
-                file[key] = value
+                file.create_dataset(key, data=value, fletcher32=True)               # and over the data
             _write_tree(path, file.create_group("metadata"), metadata)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -285,6 +286,6 @@ def _write_tree(path: Path, group: h5py.Group, tree: Mapping) -> None:
             text = value.encode()
             value = np.array(text, dtype=f"S{max(1, len(text))}")
         try:
-            group[key] = value
+            group.create_dataset(key, data=value, fletcher32=np.ndim(value) > 0)
         except TypeError as error:
             raise DataError(f"{path}: {group.name}/{key} is {value!r}; metadata may hold text, numbers, arrays and mappings of them") from error

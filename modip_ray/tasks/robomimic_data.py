@@ -86,8 +86,9 @@ def read_robomimic(path: str | Path, filter_key: str | None = None, max_transiti
     max_transitions : use only the first ones; the episode they cut is kept
     obs_keys        : which of obs/ make up an observation; None for `object` and each robot's eef_pos, eef_quat, gripper_qpos
 
-    The last observation of an episode is next_obs at its last row. (robomimic's extraction took that one from robosuite's step, so it is 48 ms old.)
-    In a file without next_obs it is unknown, and each episode loses its last transition. No episode terminates: success does not end them.
+    The last observation of an episode is next_obs at its last row (which robomimic's extraction took from robosuite's step, up to 50 ms old, and not from a
+    recorded state as all others). In a file without next_obs it is unknown, and each episode loses its last transition. No episode terminates: success does
+    not end them.
     Without obs_keys the object's columns come as robosuite before 1.5 has them, whatever the file's version: see object_vector.
     """
     if max_transitions is not None and max_transitions < 1:

@@ -96,7 +96,7 @@ class RobosuiteEnv(gym.Env):
 
     The observation is `object`, then for each robot eef_pos (3), eef_quat (4, xyzw), gripper_qpos (2). The object's columns are those of robosuite before
     1.5 (see robomimic_data.object_vector), and everything is of the very state that the step ends in, as in RoboMimic's data; robosuite itself returns what
-    it sampled 48 ms earlier. Reward 1 while the task is in success, else 0. Nothing terminates.
+    it sampled 2 ms earlier or more. Reward 1 while the task is in success, else 0. Nothing terminates.
 
     reset(seed=) draws everything from the seed: poses, and for Lift and TwoArmTransport the size of an object, for which robosuite makes a new model
     (some 0.2 s; 2 ms for the others).
@@ -122,7 +122,8 @@ class RobosuiteEnv(gym.Env):
         self.suite = robosuite.make(
             name, robots=["Panda"] * robots, controller_configs=[refactor_composite_controller_config(part, "Panda", ["right"]) for _ in range(robots)],
             control_freq=CONTROL_HZ, lite_physics=True, hard_reset=name in DRAWN, ignore_done=True, reward_shaping=False, use_object_obs=True,
-            use_camera_obs=False, has_renderer=False, has_offscreen_renderer=render_mode is not None, seed=0, **({"env_configuration": "opposed"} if robots > 1 else {}))
+            use_camera_obs=False, has_renderer=False, has_offscreen_renderer=render_mode is not None, seed=0,
+            **({"env_configuration": "opposed"} if robots > 1 else {}))
         self._observed = [f"robot{i}_{key}" for i in range(robots) for key in ROBOT_KEYS] + [key for key, _ in LAYOUTS[name].absolute]
         self._prepare()
         obs = self._observe()
