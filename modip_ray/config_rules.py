@@ -51,7 +51,9 @@ def model_rules(cfg: Config) -> None:
     p, w = cfg.policy, cfg.world_model
     need(p.n_action_steps <= p.horizon, "policy.n_action_steps", p.n_action_steps, f"must not exceed policy.horizon={p.horizon}")
     need(p.sampling_steps <= p.denoising_steps, "policy.sampling_steps", p.sampling_steps, f"must not exceed policy.denoising_steps={p.denoising_steps}")
-    need(p.network == "mlp" or (p.width % 4 == 0 and p.blocks > 0), "policy.width", p.width, "must be a multiple of 4, and policy.blocks at least 1, for the unet")
+    if p.network == "unet":
+        need(p.width % 4 == 0, "policy.width", p.width, "must be a multiple of 4 for the unet")
+        need(p.blocks > 0, "policy.blocks", p.blocks, "must be at least 1 for the unet")
     need(w.latent % w.simnorm_group == 0, "world_model.latent", w.latent, f"must be a multiple of world_model.simnorm_group={w.simnorm_group}")
     need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
 

@@ -8,7 +8,7 @@ import pytest
 from modip_ray.tasks import demonstrator
 from modip_ray.tasks.collect import collect
 from modip_ray.tasks.d4rl_data import DataError, write_d4rl
-from modip_ray.tasks.demonstrator import ASSETS, DEMONSTRATORS, TanhGaussianPolicy, demonstrator_path
+from modip_ray.tasks.demonstrator import DEMONSTRATORS, TanhGaussianPolicy, demonstrator_path
 from modip_ray.tasks.env_group import make_env
 from modip_ray.tasks.episode import Episode
 
