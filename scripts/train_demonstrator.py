@@ -1,6 +1,6 @@
 """Train the small SAC policies shipped under modip_ray/assets/ (the demonstrators of `make demo`).
 
-    python scripts/train_demonstrator.py HalfCheetah-v4 --band 4500 5000 --out modip_ray/assets/demonstrator_halfcheetah.npz
+    python scripts/train_demonstrator.py HalfCheetah-v4 --band 4500 5000 --lr 3e-4 --seed 1 --out modip_ray/assets/demonstrator_halfcheetah.npz
 
 Plain soft actor-critic (Haarnoja et al., arXiv 1812.05905): tanh-Gaussian actor 256-256, twin critics, tuned temperature. Training stops at
 the first checkpoint whose *stochastic* return over 20 fresh episodes lies in the band, so the demonstrator has the level of D4RL "medium".

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,21 @@ from modip_ray.tasks.d4rl_data import DataError, read_policy
 LAYERS = ("fc0", "fc1", "last_fc", "last_fc_log_std")
 LOG_STD_RANGE, D4RL_LOG_STD_RANGE = (-5.0, 2.0), (-20.0, 2.0)
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-DEMONSTRATORS = {"halfcheetah": ("HalfCheetah-v4", "4500 5000"), "hopper": ("Hopper-v4", "1200 1600"), "walker2d": ("Walker2d-v4", "2500 3500")}
+
+
+class Demonstrator(NamedTuple):
+    """Its environment, the range of its mean return (the level of D4RL medium), and the script with its arguments that trained it."""
+
+    env_id: str
+    band: tuple[int, int]
+    trained_by: str
+
+
+DEMONSTRATORS = {
+    "halfcheetah": Demonstrator("HalfCheetah-v4", (4500, 5000), "train_demonstrator.py HalfCheetah-v4 --lr 3e-4 --seed 1"),
+    "hopper": Demonstrator("Hopper-v4", (1200, 1600), "train_demonstrator.py Hopper-v4"),
+    "walker2d": Demonstrator("Walker2d-v4", (2500, 3500), "train_demonstrator_ppo.py Walker2d-v4"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +124,8 @@ def demonstrator_path(name: str) -> Path:
         raise ValueError(f"no demonstrator {name!r}; there are {', '.join(DEMONSTRATORS)}")
     path = ASSETS / f"demonstrator_{name}.npz"
     if not path.is_file():
-        env_id, band = DEMONSTRATORS[name]
-        raise FileNotFoundError(f"{path} is missing; train it with: python scripts/train_demonstrator.py {env_id} --band {band} --out {path}")
+        low, high = DEMONSTRATORS[name].band
+        raise FileNotFoundError(f"{path} is missing; train it with: python scripts/{DEMONSTRATORS[name].trained_by} --band {low} {high} --out {path}")
     return path
 
 

@@ -103,8 +103,7 @@ def test_missing_and_unknown_demonstrators(monkeypatch, tmp_path):
 def test_shipped_demonstrator_is_in_its_band(name):
     """12 sampled episodes: the mean within the band, widened by the sampling error (8 % of its middle)."""
     path = demonstrator_path(name)
-    env_id, band = DEMONSTRATORS[name]
-    low, high = (float(x) for x in band.split())
+    env_id, (low, high), _ = DEMONSTRATORS[name]
     policy = TanhGaussianPolicy.from_npz(path)
     assert path.stat().st_size < 1_000_000 and policy.meta["env_id"] == env_id
     mean = np.mean([e.ret for e in collect(policy, partial(make_env, env_id), 12_000, 1000, seed=123, num_envs=12)])
