@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modip_ray.report.metrics import live_rows, read_metrics
-from modip_ray.report.scores import scores_from_rows
+from modip_ray.report.scores import run_title, scores_from_rows
 from modip_ray.timing import Snapshot, merge_snapshots
 
 
@@ -48,7 +48,7 @@ class RunData:
 
     @property
     def title(self) -> str:
-        return self.env_id or self.task or self.path.name
+        return run_title(self.task, self.env_id) or self.path.name
 
     @property
     def scores(self) -> dict[str, dict]:

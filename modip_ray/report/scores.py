@@ -65,6 +65,11 @@ def verdict(scores: Mapping[str, Mapping], name: str) -> str:
     return "below BC, intervals apart" if ours[1] < base[0] else "intervals overlap"
 
 
+def run_title(task: str, env_id: str) -> str:
+    """The environment's id; for one made by "module:function", whose name says little, the task."""
+    return task if task and (":" in env_id or not env_id) else env_id
+
+
 def metric_of(scores: Mapping[str, Mapping]) -> str:
     """What the means are of: "return" (also for runs that do not say), "subtasks/4" or "success"."""
     return next((s["metric"] for s in scores.values() if s.get("metric")), "return")
@@ -104,13 +109,14 @@ def final_table(summary: Mapping) -> str:
     scores = summary.get("scores") or {}
     cells = score_cells(scores, task, env_id)
     if not cells:
-        return f"{env_id or task or 'run'}: no scores yet"
+        return f"{run_title(task, env_id) or 'run'}: no scores yet"
     paper = published_for(task, env_id)
     columns = [("label", "", 9), ("mean", "mean", 9), ("ratio", "x BC", 7), ("ci95", "95 % interval", 19)]
     columns += [(name, name, len(name) + 3) for name in also_measured(scores)]
     columns += [("normalized", "normalised", 12), ("episodes", "episodes", 10)]
     columns += [("paper", "paper", 16)] if paper else []
-    lines = [f"{env_id} ({task}): {metric_of(scores)}" if task else f"{env_id}: {metric_of(scores)}"]
+    title = run_title(task, env_id)
+    lines = [f"{title} ({task}): {metric_of(scores)}" if task not in ("", title) else f"{title}: {metric_of(scores)}"]
     lines.append("".join(f"{title:<{width}}" if key == "label" else f"{title:>{width}}" for key, title, width in columns))
     for cell in cells:
         line = "".join(f"{cell[key]:<{width}}" if key == "label" else f"{cell[key]:>{width}}" for key, _, width in columns)

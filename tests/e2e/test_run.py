@@ -156,6 +156,22 @@ def test_own_environment_class_and_hook(tmp_path, data):
     assert sum(len(s) for s in seen) >= 60
 
 
+@pytest.mark.parametrize("network", ["mlp", "unet"])
+def test_any_gymnasium_id_with_a_minari_dataset(tmp_path, monkeypatch, network):
+    """Made with Minari's own API; actions in the environment's own range, [-2, 2]."""
+    minari = pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    rng = np.random.default_rng(0)
+    buffers = [EpisodeBuffer(id=i, observations=rng.normal(size=(21, 3)).astype(np.float32), actions=rng.uniform(-2, 2, (20, 1)).astype(np.float32),
+                             rewards=rng.normal(size=20), terminations=[False] * 20, truncations=[False] * 19 + [True]) for i in range(10)]
+    minari.create_dataset_from_buffers("pendulum/test-v0", buffers, env="Pendulum-v1")
+    summary = train(small(tmp_path / "run", serial=True, online__env_steps=60, eval__every_steps=0, task__env="Pendulum-v1", task__max_episode_steps=20,
+                          data__source="minari:pendulum/test-v0", policy__network=network))
+    assert summary["scores"]["data"]["episodes"] == 10 and summary["env_steps"] >= 60
+    assert all(np.isfinite(s["returns"]).all() for s in summary["scores"].values())
+
+
 def test_mistakes_are_told_in_one_line(tmp_path):
     for args, words in ((("train", "planer.horizon=3"), "planner"), (("train", "task=hoper-medium"), "hopper-medium"), (("eval", str(tmp_path)), "config.yaml"),
                         (("data", "info", str(tmp_path / "x.hdf5")), "no such file"), (("train", "task.env=Nope-v0", f"run_dir={tmp_path / 'r'}"), "task.env")):
