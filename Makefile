@@ -30,7 +30,7 @@ test: install
 	$(BIN)/python -m pytest -q
 
 bench: install
-	$(BIN)/python -m modip_ray bench all --json results/bench/latest.json
+	$(BIN)/python -m modip_ray bench all --json results/bench/$$(date +%F).json
 
 lint: install
 	$(BIN)/python -m ruff check modip_ray tests scripts
