@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from modip_ray.config import Config
+from modip_ray.data_cli import ProgressLine
 from modip_ray.learning.build import build_spec
 from modip_ray.learning.collector import SegmentHook
 from modip_ray.learning.env_source import env_factory as named_env_factory
@@ -71,7 +72,7 @@ def offline_phase(session: Session, factory: EnvFactory) -> Dataset:
     def progress(done: int, total: int) -> None:
         session.progress.update(done)
         session.stop.check()
-    data = load_data(cfg, factory, session.folder.path, progress)
+    data = load_data(cfg, factory, session.folder.path, progress, ProgressLine(cfg.data.source))
     session.data_score = score(cfg, measure(cfg.task.metric, data.episodes))
     session.progress.scores(data=session.data_score["mean"])
     session.progress.update(data.transitions)

@@ -25,9 +25,10 @@ def source_label(cfg: Config) -> str:
     return f"data of {cfg.data.source}" if cfg.data.source.startswith("policy:") else cfg.data.source
 
 
-def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Progress | None = None) -> Dataset:
+def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Progress | None = None, download: Progress | None = None) -> Dataset:
     """The offline episodes; collected ones are written to data.cache (or `folder`/data.hdf5) and read from there ever after.
 
+    progress: called with transitions (done, asked for) while collecting; download: with bytes (there, in all) while fetching an official file.
     DataError where a file is unsound, fits another environment, or was collected with other settings.
     """
     obs_dim, low, high = spaces(env_factory)
@@ -39,7 +40,7 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
     else:
         source = cfg.data.source
     dataset = read_any(source, max_transitions=cfg.data.max_transitions, max_episode_steps=cfg.task.max_episode_steps,
-                       action_range=(float(low.min()), float(high.max())), filter_key=cfg.data.filter_key)
+                       action_range=(float(low.min()), float(high.max())), filter_key=cfg.data.filter_key, progress=download)
     if rolls_out(cfg.data.source):
         check_origin(cfg, dataset, path)
     first = dataset.episodes[0]
@@ -47,10 +48,16 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
         got = getattr(first, key).shape[1]
         if got != expected:
             raise DataError(f"{source}: {key} have {got} columns, but {cfg.task.env} has {expected}; is data.source for another task than task.env?")
-    if cfg.data.rewards == "newly_done":
+    return with_newly_done(dataset) if cfg.data.rewards == "newly_done" else dataset
+
+
+def with_newly_done(dataset: Dataset) -> Dataset:
+    """The kitchen's own rewards, in place of the counts that D4RL's kitchen files store."""
+    try:
         episodes = [replace(e, rewards=newly_done(e.rewards)) for e in dataset.episodes]
-        dataset = replace(dataset, episodes=episodes, notes=(*dataset.notes, "rewards: newly done subtasks, from the number done so far that the file stores"))
-    return dataset
+    except ValueError as error:
+        raise DataError(f"{dataset.source}: data.rewards is newly_done, which is for D4RL's kitchen files: {error}") from error
+    return replace(dataset, episodes=episodes, notes=(*dataset.notes, "rewards: newly done subtasks, from the number done so far that the file stores"))
 
 
 def rolls_out(source: str) -> bool:
