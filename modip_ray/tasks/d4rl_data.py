@@ -2,21 +2,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from modip_ray.tasks.dataset import DataError, Dataset, describe, statistics
-from modip_ray.tasks.episode import Episode, first_non_finite
+from modip_ray.tasks.episode import Episode
+from modip_ray.tasks.hdf5 import ACTION_TOLERANCE, dataset_of, key_names, opened, read_flags, read_numbers
 
 __all__ = ["DataError", "Dataset", "describe", "read_d4rl", "read_policy", "statistics", "write_d4rl"]
 
-ACTION_TOLERANCE = 1e-4
 BLOCK = 65_536  # rows compared at a time
-DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)  # what h5py has been seen to raise on flipped bytes
 
 
 def read_d4rl(path: str | Path, max_transitions: int | None = None, max_episode_steps: int | None = None,
@@ -38,23 +36,23 @@ def read_d4rl(path: str | Path, max_transitions: int | None = None, max_episode_
     if max_transitions is not None and max_transitions < 1:
         raise ValueError(f"max_transitions is {max_transitions}; at least 1 is needed")
     path, notes = Path(path), []
-    with _opened(path) as file:
+    with opened(path) as file:
         rows = _rows(path, file)
         used = rows if max_transitions is None else min(rows, max_transitions)
-        observations = _read(path, file, "observations", min(rows, used + 1), 2)     # one more than used: it may be a cut episode's last one
-        actions = _read(path, file, "actions", used, 2)
-        rewards = _read(path, file, "rewards", used, 1)
-        terminals = _read_flags(path, file, "terminals", used)
+        observations = read_numbers(path, file, "observations", min(rows, used + 1), 2)     # one more than used: it may be a cut episode's last one
+        actions = read_numbers(path, file, "actions", used, 2)
+        rewards = read_numbers(path, file, "rewards", used, 1)
+        terminals = read_flags(path, file, "terminals", used)
         if "timeouts" in file:
-            timeouts = _read_flags(path, file, "timeouts", used)
+            timeouts = read_flags(path, file, "timeouts", used)
         elif max_episode_steps is None:
             raise DataError(f"{path}: key 'timeouts' is missing (a D4RL v0 file?), so the end of an episode by its time limit cannot be seen; "
-                            f"pass max_episode_steps to cut at. The file has {_names(file)}")
+                            f"pass max_episode_steps to cut at. The file has {key_names(file)}")
         else:
             timeouts = _time_limits(terminals, max_episode_steps)
             if timeouts.any():
                 notes.append(f"no timeouts: {int(timeouts.sum())} episode(s) taken to end at the time limit of {max_episode_steps} steps")
-        following = _read(path, file, "next_observations", used, 2) if "next_observations" in file else None
+        following = read_numbers(path, file, "next_observations", used, 2) if "next_observations" in file else None
         metadata = _short_metadata(file)
     if following is not None and following.shape[1] != observations.shape[1]:
         raise DataError(f"{path}: 'next_observations' has {following.shape[1]} columns, expected {observations.shape[1]} like 'observations'")
@@ -109,10 +107,10 @@ def write_d4rl(path: str | Path, episodes: Sequence[Episode], metadata: Mapping)
 def read_policy(path: str | Path) -> dict[str, np.ndarray | str | float]:
     """The behaviour policy under `metadata/policy`, flat: {"fc0.weight": (out, in), ..., "nonlinearity": "relu"}."""
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         group = file.get("metadata/policy")
         if not isinstance(group, h5py.Group):
-            raise DataError(f"{path}: key 'metadata/policy' is missing, so the file names no behaviour policy; it has {_names(file)}")
+            raise DataError(f"{path}: key 'metadata/policy' is missing, so the file names no behaviour policy; it has {key_names(file)}")
         found: dict[str, np.ndarray | str | float] = {}
 
         def keep(name: str, item: h5py.Dataset | h5py.Group) -> None:
@@ -124,75 +122,15 @@ def read_policy(path: str | Path) -> dict[str, np.ndarray | str | float]:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------------------------
 
-@contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    """The file, open for reading; whatever h5py raises on a damaged one, here or later, becomes a DataError."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except DataError:
-        raise
-    except DAMAGE as error:
-        raise DataError(f"{path}: cannot be read as HDF5 ({error}); {path.stat().st_size:,} bytes: is it damaged, was the download cut short?") from error
-
-
-def _names(file: h5py.File) -> str:
-    return ", ".join(sorted(str(name) for name in file)) or "no keys"
-
-
-def _dataset(path: Path, file: h5py.File, key: str, dims: int) -> h5py.Dataset:
-    """The dataset `key`, existing, numeric and of `dims` dimensions."""
-    item = file.get(key)
-    if item is None:
-        raise DataError(f"{path}: key '{key}' is missing; expected a dataset of {dims} dimension(s). The file has {_names(file)}")
-    if not isinstance(item, h5py.Dataset) or item.dtype.kind not in "biuf":
-        raise DataError(f"{path}: key '{key}' must be a dataset of numbers, got {item}")
-    shape = item.shape
-    if dims == 1 and len(shape) == 2 and shape[1] == 1:
-        return item
-    if len(shape) != dims or 0 in shape:
-        raise DataError(f"{path}: key '{key}' has shape {shape}; expected {dims} non-empty dimension(s)")
-    return item
-
-
 def _rows(path: Path, file: h5py.File) -> int:
     """Number of transitions; DataError when the keys differ in length."""
-    rows = len(_dataset(path, file, "observations", 2))
+    rows = len(dataset_of(path, file, "observations", 2))
     for key, dims in (("actions", 2), ("rewards", 1), ("terminals", 1), ("timeouts", 1), ("next_observations", 2)):
         if key in file or key in ("actions", "rewards", "terminals"):
-            got = len(_dataset(path, file, key, dims))
+            got = len(dataset_of(path, file, key, dims))
             if got != rows:
                 raise DataError(f"{path}: key '{key}' has {got} rows, expected {rows} like 'observations'")
     return rows
-
-
-def _raw(path: Path, file: h5py.File, key: str, rows: int, dims: int) -> np.ndarray:
-    item = _dataset(path, file, key, dims)
-    try:
-        value = item[:rows]
-    except DAMAGE as error:
-        raise DataError(f"{path}: key '{key}' cannot be read ({error}); the file is damaged") from error
-    return value.reshape(rows) if dims == 1 else value
-
-
-def _read(path: Path, file: h5py.File, key: str, rows: int, dims: int) -> np.ndarray:
-    """The first `rows` of `key` as float32, all finite."""
-    with np.errstate(over="ignore"):                                                # a float64 beyond float32 becomes inf, and is named below
-        value = _raw(path, file, key, rows, dims).astype(np.float32, copy=False)
-    index = first_non_finite(value)
-    if index is not None:
-        raise DataError(f"{path}: {key}{list(index)} is {value[index]}; expected finite numbers only")
-    return value
-
-
-def _read_flags(path: Path, file: h5py.File, key: str, rows: int) -> np.ndarray:
-    value = _raw(path, file, key, rows, 1)
-    wrong = np.flatnonzero((value != 0) & (value != 1))
-    if len(wrong):
-        raise DataError(f"{path}: {key}[{wrong[0]}] is {value[wrong[0]]}; expected 0 or 1")
-    return value.astype(bool)
 
 
 def _check_actions(path: Path, actions: np.ndarray, action_range: tuple[float, float] | None) -> None:

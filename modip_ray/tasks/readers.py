@@ -7,8 +7,9 @@ import h5py
 import numpy as np
 
 from modip_ray.tasks.catalogue import Progress, catalogue, fetch, not_found
-from modip_ray.tasks.d4rl_data import ACTION_TOLERANCE, DAMAGE, read_d4rl
+from modip_ray.tasks.d4rl_data import read_d4rl
 from modip_ray.tasks.dataset import DataError, Dataset
+from modip_ray.tasks.hdf5 import ACTION_TOLERANCE, DAMAGE
 
 MINARI = "minari:"
 SUFFIXES = (".hdf5", ".h5")

@@ -13,9 +13,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from modip_ray.tasks.d4rl_data import ACTION_TOLERANCE, _dataset, _names, _opened, _read
 from modip_ray.tasks.dataset import DataError, Dataset
 from modip_ray.tasks.episode import Episode
+from modip_ray.tasks.hdf5 import ACTION_TOLERANCE, dataset_of, key_names, opened, read_numbers
 
 ROBOT_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")
 SIZES = {"eef_pos": 3, "eef_quat": 4, "gripper_qpos": 2}
@@ -95,7 +95,7 @@ def read_robomimic(path: str | Path, filter_key: str | None = None, max_transiti
         raise ValueError(f"max_transitions is {max_transitions}; at least 1 is needed")
     path = Path(path)
     notes: list[str] = []
-    with _opened(path) as file:
+    with opened(path) as file:
         demos = _demos(path, file, filter_key)
         keys = list(obs_keys) if obs_keys is not None else _usual_keys(path, file, demos[0])
         episodes, left, blind = [], max_transitions, 0
@@ -125,7 +125,7 @@ def read_robomimic(path: str | Path, filter_key: str | None = None, max_transiti
 def read_env_args(path: str | Path) -> dict[str, Any]:
     """A robomimic file's description of its environment: what robosuite_env.env_from_metadata takes."""
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         return _env_args(path, file)
 
 
@@ -166,7 +166,7 @@ def _texts(path: Path, key: str, attribute: str = "") -> list[Any]:
 def _demonstrations(path: Path, file: h5py.File) -> h5py.Group:
     group = file.get("data")
     if not isinstance(group, h5py.Group):
-        raise DataError(f"{path}: group 'data' is missing; a robomimic file has data/demo_0, data/demo_1, ... The file has {_names(file)}")
+        raise DataError(f"{path}: group 'data' is missing; a robomimic file has data/demo_0, data/demo_1, ... The file has {key_names(file)}")
     return group
 
 
@@ -231,7 +231,7 @@ def _episode(path: Path, file: h5py.File, demo: str, keys: Sequence[str], left: 
             rows = len(_rows(path, file, name, 2))
             if rows != steps:
                 raise DataError(f"{path}: key '{name}' has {rows} rows, expected {steps} like '{demo}/actions'")
-            value = _read(path, file, name, min(steps, used + (part == "obs")), 2)
+            value = read_numbers(path, file, name, min(steps, used + (part == "obs")), 2)
             size = SIZES.get(key.split("_", 1)[-1])
             if size is not None and value.shape[1] != size:
                 raise DataError(f"{path}: key '{name}' has {value.shape[1]} columns, expected {size}")
@@ -239,7 +239,7 @@ def _episode(path: Path, file: h5py.File, demo: str, keys: Sequence[str], left: 
     rows = len(_rows(path, file, f"{demo}/rewards", 1))
     if rows != steps:
         raise DataError(f"{path}: key '{demo}/rewards' has {rows} rows, expected {steps} like '{demo}/actions'")
-    actions, rewards = _read(path, file, f"{demo}/actions", used, 2), _read(path, file, f"{demo}/rewards", used, 1)
+    actions, rewards = read_numbers(path, file, f"{demo}/actions", used, 2), read_numbers(path, file, f"{demo}/rewards", used, 1)
     wrong = np.argwhere(np.abs(actions) > 1 + ACTION_TOLERANCE)
     if len(wrong):
         row, column = wrong[0].tolist()
@@ -264,7 +264,7 @@ def _rows(path: Path, file: h5py.File, key: str, dims: int) -> h5py.Dataset:
     item = file.get(key)
     if isinstance(item, h5py.Dataset) and item.shape and item.shape[0] == 0:
         raise DataError(f"{path}: key '{key}' has no rows; a demonstration needs at least one step")
-    return _dataset(path, file, key, dims)
+    return dataset_of(path, file, key, dims)
 
 
 # ---- the order of the object's columns -------------------------------------------------------------------------------------------------------
