@@ -76,6 +76,7 @@ class WorldModel:
     consistency: float
     reward: float
     termination: float
+    obs_scale: Literal["std", "range"]
     obs_std_floor: float
     grad_clip: float
 

@@ -44,7 +44,8 @@ def fitted_agent(cfg: Config, episodes: Sequence[Episode], action_low: np.ndarra
     """A fresh agent (seeded) whose normaliser, reward scale and value scale come from the data."""
     torch.manual_seed(cfg.seed)
     agent = Agent(cfg, episodes[0].observations.shape[1], episodes[0].actions.shape[1])
-    agent.normalizer.fit(np.concatenate([e.observations[:-1] for e in episodes]), action_low, action_high, cfg.world_model.obs_std_floor)
+    agent.normalizer.fit(np.concatenate([e.observations[:-1] for e in episodes]), action_low, action_high, cfg.world_model.obs_std_floor,
+                         cfg.world_model.obs_scale)
     offline = offline_replay(cfg, episodes)
     terminates = any(e.terminated for e in episodes)
     reward, value = offline.arrays["reward"], value_samples(offline, terminates)

@@ -19,7 +19,7 @@ Part = Literal["policy", "model"]
 
 
 class Normalizer(nn.Module):
-    """Observations to zero mean and unit spread (clipped), actions from the environment's box to [-1, 1]."""
+    """Observations to zero mean and unit spread, or to -1..1 (clipped), actions from the environment's box to [-1, 1]."""
 
     obs_mean: Tensor
     obs_std: Tensor
@@ -33,10 +33,18 @@ class Normalizer(nn.Module):
                             "action_low": -torch.ones(action_dim), "action_high": torch.ones(action_dim)}.items():
             self.register_buffer(name, value)
 
-    def fit(self, observations: np.ndarray, action_low: np.ndarray, action_high: np.ndarray, floor: float) -> None:
-        """From observations (T, Do). `floor`: least std, so that a column that hardly moves in the data is not blown up outside it."""
-        self.obs_mean.copy_(torch.as_tensor(observations.mean(0, dtype=np.float64)))
-        self.obs_std.copy_(torch.as_tensor(np.maximum(observations.std(0, dtype=np.float64), floor)))
+    def fit(self, observations: np.ndarray, action_low: np.ndarray, action_high: np.ndarray, floor: float, scale: str = "std") -> None:
+        """From observations (T, Do). scale "std": by mean and standard deviation; "range": the data's least and greatest value become -1 and 1 (DPPO).
+
+        `floor`: least divisor, so that a column that hardly moves in the data is not blown up outside it.
+        """
+        if scale == "range":
+            low, high = observations.min(0).astype(np.float64), observations.max(0).astype(np.float64)
+            centre, spread = (low + high) / 2, (high - low) / 2
+        else:
+            centre, spread = observations.mean(0, dtype=np.float64), observations.std(0, dtype=np.float64)
+        self.obs_mean.copy_(torch.as_tensor(centre))
+        self.obs_std.copy_(torch.as_tensor(np.maximum(spread, floor)))
         self.action_low.copy_(torch.as_tensor(action_low))
         self.action_high.copy_(torch.as_tensor(action_high))
 

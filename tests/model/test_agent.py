@@ -98,3 +98,10 @@ def test_parts_cover_all_that_learns_and_load_apart():
         two.load_flat(one.flat("model"), "policy")
     with pytest.raises(ValueError, match="agent part 'critic'"):
         one.flat("critic")
+
+
+def test_observations_by_range_with_a_floor():
+    n = Normalizer(3, 1)
+    n.fit(np.array([[0.0, 5.0, 1.0], [4.0, 5.001, 1.0], [1.0, 5.0, 1.0]], np.float32), np.array([-1.0]), np.array([1.0]), 0.05, "range")
+    seen = n.obs(torch.tensor([[0.0, 5.0, 1.0], [4.0, 5.001, 1.05]]))
+    torch.testing.assert_close(seen, torch.tensor([[-1.0, -0.01, 0.0], [1.0, 0.01, 1.0]]), atol=1e-4, rtol=0)
