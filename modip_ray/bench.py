@@ -135,7 +135,7 @@ def planner(s: Setting) -> list[Row]:
         obs, reset = rng.standard_normal((rows, OBS_DIM), dtype=np.float32), np.zeros(rows, bool)
         return lambda: plan.plan(obs, range(rows), reset)
 
-    demo = s.cfg.rollout.num_workers * s.cfg.rollout.envs_per_worker
+    demo = s.cfg.rollout.least * s.cfg.rollout.envs_per_worker
     sizes = sorted({*PLAN_ROWS, demo})
     *seconds, product = s.medians(*(call(n) for n in sizes), matrix_product())
     rate = {n: n / t for n, t in zip(sizes, seconds, strict=True)}

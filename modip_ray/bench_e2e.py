@@ -17,7 +17,7 @@ WARM_UP = 160
 
 def overhead(cfg: Config, steps: int = STEPS) -> tuple[float, float]:
     """(serial, Ray) milliseconds per environment step: one worker with all environments, so that both plan for the same rows at a time."""
-    envs = cfg.rollout.num_workers * cfg.rollout.envs_per_worker
+    envs = cfg.rollout.least * cfg.rollout.envs_per_worker
     cfg = cfg.replace({"rollout.num_workers": 1, "rollout.envs_per_worker": envs, "pretrain.updates": 0, "pretrain.policy_updates": 0,
                        "online.updates_per_step": 0.0, "online.env_steps": WARM_UP + steps, "eval.every_steps": 0, "rollout.segment_length": 20})
     factory = env_factory(cfg.task)

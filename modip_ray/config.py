@@ -22,7 +22,7 @@ import yaml
 
 from modip_ray.config_rules import ConfigError, validate
 
-FREE_FORM = ("env_kwargs",)      # groups whose keys are the user's
+FREE_FORM = ("env_kwargs", "placement", "num_workers")      # taken over whole: their keys are the user's, or they may be a number as well
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class Planner:
     max_rows: int
     max_wait_ms: float
     weights_every_s: float
+    replicas: int
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,32 @@ class Online:
 
 
 @dataclass(frozen=True)
+class WorkerRange:
+    min: int
+    max: int
+
+
+@dataclass(frozen=True)
 class Rollout:
-    num_workers: int
+    num_workers: int | WorkerRange
     envs_per_worker: int
+    groups: int
     segment_length: int
+
+    @property
+    def least(self) -> int:
+        """Workers without which a run does not start."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
+
+    @property
+    def most(self) -> int:
+        """Workers that it takes where the cluster has room for them."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
 
 
 @dataclass(frozen=True)
 class Replay:
+    shards: int
     capacity: int
     samples_per_insert_slack: float
     prefetch: int
@@ -183,7 +202,9 @@ class Resources:
     planner_cpus: float
     learner_cpus: float
     rollout_cpus: float
+    placement: dict
     ray_address: str
+    wait_for_nodes_s: float
     torch_threads: int
     call_timeout_s: float
 
@@ -194,6 +215,7 @@ class Log:
     checkpoint_every_s: float
     keep_checkpoints: int
     tensorboard: bool
+    ray_metrics: bool
     wandb: Literal["disabled", "offline", "online"]
     wandb_project: str
     video: bool
@@ -375,9 +397,12 @@ def typed(kind: Any, value: Any, where: str) -> Any:
             return value
         raise ConfigError(f"{where}: got {value!r}, allowed: {', '.join(map(str, args))}{nearest(str(value), [str(a) for a in args])}")
     if origin in (typing.Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in args:
             return None
-        return typed(next(a for a in args if a is not type(None)), value, where)
+        group = next((a for a in args if dataclasses.is_dataclass(a)), None)
+        if group is not None and isinstance(value, dict):                          # a number, or a mapping in its place
+            return typed(group, value, f"{where}.")
+        return typed(next(a for a in args if a not in (type(None), group)), value, where)
     ok = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -16,7 +16,8 @@ POSITIVE = """
     policy.horizon policy.n_action_steps policy.width policy.denoising_steps policy.sampling_steps policy.batch_size policy.lr
     world_model.latent world_model.width world_model.batch_size world_model.horizon world_model.lr world_model.obs_std_floor world_model.simnorm_group
     world_model.grad_clip critic.members critic.n_step critic.pretrain_n_step critic.width critic.bound planner.horizon planner.n_action_steps planner.proposals
-    planner.elites planner.std_min planner.max_rows rollout.num_workers rollout.envs_per_worker rollout.segment_length replay.capacity replay.prefetch
+    planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker rollout.groups rollout.segment_length
+    replay.shards replay.capacity replay.prefetch
     eval.episodes eval.every_episodes eval.bootstrap task.max_episode_steps data.transitions resources.torch_threads resources.call_timeout_s
     log.every_s log.keep_checkpoints distill.beta distill.n_step
 """.split()
@@ -25,6 +26,8 @@ FRACTIONS = """
     critic.gamma critic.tau critic.expectile policy.ema world_model.rho online.online_share_start online.online_share_end
     distill.online_share_start distill.online_share_end
 """.split()
+
+ROLES = ("planner", "learner", "replay", "store", "rollout", "evaluator")
 
 
 def validate(cfg: Config) -> None:
@@ -45,6 +48,25 @@ def validate(cfg: Config) -> None:
     need(device in ("auto", "cpu") or device.startswith("cuda"), "resources.device", device, "must be auto, cpu, cuda or cuda:<index>")
     model_rules(cfg)
     planner_rules(cfg)
+    scale_rules(cfg)
+
+
+def scale_rules(cfg: Config) -> None:
+    """Workers, groups, and where the roles live."""
+    rollout, replay = cfg.rollout, cfg.replay
+    need(rollout.least >= 1, "rollout.num_workers", rollout.least, "must be at least 1")
+    need(rollout.least <= rollout.most, "rollout.num_workers", f"min {rollout.least}, max {rollout.most}", "min must not exceed max")
+    need(rollout.envs_per_worker % rollout.groups == 0, "rollout.groups", rollout.groups,
+         f"must divide rollout.envs_per_worker={rollout.envs_per_worker} evenly")
+    need(replay.capacity // replay.shards >= rollout.segment_length, "replay.shards", replay.shards,
+         f"leaves {replay.capacity // replay.shards} transitions a shard; each must hold rollout.segment_length={rollout.segment_length}")
+    for role, wanted in cfg.resources.placement.items():
+        need(role in ROLES, "resources.placement", role, f"is no role; roles: {', '.join(ROLES)}")
+        need(isinstance(wanted, dict), f"resources.placement.{role}", wanted, "must be a mapping of resources, e.g. {trainer: 0.01}")
+        for name, amount in wanted.items():
+            field = f"resources.placement.{role}.{name}"
+            need(isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount > 0, field, amount, "must be a positive number")
+            need(name not in ("CPU", "GPU"), field, amount, "is set by resources.<role>_cpus and resources.<role>_gpus")
 
 
 def model_rules(cfg: Config) -> None:

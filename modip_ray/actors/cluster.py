@@ -34,7 +34,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 def cpus_asked(cfg: Config) -> float:
     """CPUs that the actors reserve: planner, two learners, rollout workers (the others reserve none)."""
     r = cfg.resources
-    return r.planner_cpus + 2 * r.learner_cpus + cfg.rollout.num_workers * r.rollout_cpus
+    return r.planner_cpus + 2 * r.learner_cpus + cfg.rollout.least * r.rollout_cpus
 
 
 def remove_stale() -> None:

@@ -41,7 +41,7 @@ class RolloutPool:
         cfg = setup.cfg
         logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)   # what it would log is said in `incidents`
         options = RolloutWorker.options(num_cpus=cfg.resources.rollout_cpus)
-        self.workers = [options.remote(cfg, setup.env_factory, setup.hook, i, planner, replay) for i in range(cfg.rollout.num_workers)]
+        self.workers = [options.remote(cfg, setup.env_factory, setup.hook, i, planner, replay) for i in range(cfg.rollout.least)]
         self.manager = FaultTolerantActorManager(self.workers, max_remote_requests_in_flight_per_actor=IN_FLIGHT)
         self.cfg: Config = cfg
         self.before = taken                                                         # steps stored before these workers existed

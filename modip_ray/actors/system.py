@@ -222,6 +222,10 @@ class RaySystem:
         found = {role: (merge_snapshots(parts.values()), len(parts)) for role, parts in self.snapshots.items() if parts}
         return {"driver": (self.timer.snapshot(), 1), **found}
 
+    def gauges(self) -> dict[str, float]:
+        workers = len(self.pool.workers) if self.pool is not None else 0
+        return {"rollout/workers": float(workers), "replay/ahead": float(self.replay_status()["ahead"])}
+
     def remember_timings(self) -> None:
         """Newest snapshots by role; actors that are gone keep their last one. An evaluator that is at work is not waited for."""
         self.snapshots["replay"] = {0: self.replay_status()["timing"]}

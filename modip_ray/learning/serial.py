@@ -75,7 +75,7 @@ class SerialSystem:
         """One chunk in every environment; segments that are closed go to the replay."""
         cfg = self.cfg
         if self.collector is None:
-            num_envs = cfg.rollout.num_workers * cfg.rollout.envs_per_worker
+            num_envs = cfg.rollout.least * cfg.rollout.envs_per_worker
             self.collector = Collector(self.setup.env_factory, num_envs, cfg.task.max_episode_steps, cfg.rollout.segment_length,
                                        (cfg.seed, 0, self.taken), f"serial-{self.taken}", self.setup.hook)
         with self.timers["rollout"]("step"):
@@ -121,6 +121,9 @@ class SerialSystem:
 
     def timings(self) -> dict[str, tuple[Snapshot, int]]:
         return {role: (timer.snapshot(), 1) for role, timer in self.timers.items()}
+
+    def gauges(self) -> dict[str, float]:
+        return {"replay/ahead": self.replay.limiter.ahead(), "replay/transitions": float(self.replay.replay.online.size)}
 
     def close(self) -> None:
         if self.collector is not None:

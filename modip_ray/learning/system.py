@@ -78,6 +78,9 @@ class System(Protocol):
     def timings(self) -> dict[str, tuple[Snapshot, int]]:
         """Time by role, and how many processes have that role."""
 
+    def gauges(self) -> dict[str, float]:
+        """Numbers of now, by name: "rollout/workers", "planner/rows_per_batch", "replay/ahead", ..."""
+
     def close(self) -> None:
         """Give everything back; safe to call twice."""
 
