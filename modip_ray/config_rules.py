@@ -60,6 +60,7 @@ def scale_rules(cfg: Config) -> None:
          f"must divide rollout.envs_per_worker={rollout.envs_per_worker} evenly")
     need(replay.capacity // replay.shards >= rollout.segment_length, "replay.shards", replay.shards,
          f"leaves {replay.capacity // replay.shards} transitions a shard; each must hold rollout.segment_length={rollout.segment_length}")
+    need(replay.shards == 1 or not cfg.serial, "replay.shards", replay.shards, "must be 1 in serial mode, which has one replay")
     for role, wanted in cfg.resources.placement.items():
         need(role in ROLES, "resources.placement", role, f"is no role; roles: {', '.join(ROLES)}")
         need(isinstance(wanted, dict), f"resources.placement.{role}", wanted, "must be a mapping of resources, e.g. {trainer: 0.01}")

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 ALIVE_S = 1.0
 
 
@@ -24,20 +26,22 @@ class Entry:
 class BatchQueue:
     """A batch is closed when it has `max_rows` rows, when all live clients have asked, or `max_wait_s` after its first request or the last answer.
 
-    The last answer counts too, because those who got it will ask again at once: else two clients would take turns for ever, each alone in a batch.
+    `share`: of the live clients that must have asked, in place of all (a half where each works on something else meanwhile). The last answer
+    counts too, because those who got it will ask again at once: else two clients would take turns for ever, each alone in a batch.
 
     compute : items -> one result or exception for each; called in a thread of its own, one batch at a time
     Live is who asked within the last second: a dead client delays others by `max_wait_s` at most, and for a second only.
     """
 
-    def __init__(self, compute: Callable[[list[Any]], Sequence[Any]], max_rows: int, max_wait_s: float, initializer: Callable[[], None] | None = None):
-        self.compute, self.max_rows, self.max_wait_s = compute, max_rows, max_wait_s
+    def __init__(self, compute: Callable[[list[Any]], Sequence[Any]], max_rows: int, max_wait_s: float, share: float = 1.0,
+                 initializer: Callable[[], None] | None = None):
+        self.compute, self.max_rows, self.max_wait_s, self.share = compute, max_rows, max_wait_s, share
         self.pool = ThreadPoolExecutor(1, "batch", initializer)
         self.waiting: list[Entry] = []
         self.seen: dict[Hashable, float] = {}
         self.arrived = asyncio.Event()
         self.server: asyncio.Task | None = None
-        self.batches, self.rows = 0, 0
+        self.totals = np.zeros(4)                                                   # batches, rows, requests, seconds from asking to the answer
         self.free_at = float("-inf")                                                # when the last batch was answered
 
     async def submit(self, client: Hashable, item: Any, rows: int) -> Any:
@@ -56,12 +60,12 @@ class BatchQueue:
         while self.waiting:
             await self.gather()
             batch = self.take()
-            self.batches, self.rows = self.batches + 1, self.rows + sum(e.rows for e in batch)
             try:
                 results = await asyncio.get_running_loop().run_in_executor(self.pool, self.compute, [e.item for e in batch])
             except Exception as error:                                              # whatever it was, the clients must hear of it
                 results = [error] * len(batch)
             self.free_at = time.monotonic()
+            self.totals += (1, sum(e.rows for e in batch), len(batch), sum(self.free_at - e.arrived for e in batch))
             for entry, result in zip(batch, results, strict=True):
                 if entry.future.done():                                             # its client gave up
                     continue
@@ -72,6 +76,8 @@ class BatchQueue:
 
     async def gather(self) -> None:
         """Wait for the batch to fill, no longer than the first request may wait."""
+        now = time.monotonic()
+        self.seen = {client: at for client, at in self.seen.items() if now - at < ALIVE_S}
         deadline = max(self.waiting[0].arrived, self.free_at) + self.max_wait_s
         while not self.complete() and (left := deadline - time.monotonic()) > 0:
             self.arrived.clear()
@@ -81,9 +87,7 @@ class BatchQueue:
                 return
 
     def complete(self) -> bool:
-        now = time.monotonic()
-        self.seen = {client: at for client, at in self.seen.items() if now - at < ALIVE_S}
-        return sum(e.rows for e in self.waiting) >= self.max_rows or self.seen.keys() <= {e.client for e in self.waiting}
+        return len(self.waiting) >= self.share * len(self.seen) or sum(e.rows for e in self.waiting) >= self.max_rows
 
     def take(self) -> list[Entry]:
         """The first requests that fit into max_rows; at least one, however large."""

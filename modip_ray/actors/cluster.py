@@ -1,4 +1,4 @@
-"""Starting or joining Ray, and refusing at once what the cluster cannot give."""
+"""Starting or joining Ray, and refusing at once what the cluster cannot give (or waiting for its autoscaler)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
+from modip_ray.actors.placement import Bundle, demands, missing, total
 from modip_ray.config import Config, ConfigError
 
 PREFIX = "modip_ray_"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 NICENESS = {"RAY_worker_niceness": "0"}      # Ray's default of 15 lets any other process of the machine take the actors' processor time
+LOOK_AGAIN_S = 2.0
 
 
 @contextmanager
@@ -31,18 +35,17 @@ def environment(values: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def cpus_asked(cfg: Config) -> float:
-    """CPUs that the actors reserve: planner, two learners, rollout workers (the others reserve none)."""
-    r = cfg.resources
-    return r.planner_cpus + 2 * r.learner_cpus + cfg.rollout.least * r.rollout_cpus
-
-
 def remove_stale() -> None:
     """Folders of private Rays whose driver was killed."""
     for folder in Path("/tmp").glob(f"{PREFIX}*_*"):
         pid = folder.name.removeprefix(PREFIX).partition("_")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def nodes() -> dict[str, Bundle]:
+    """Resources of the nodes that are alive, by address and the beginning of the node's id."""
+    return {f"{n['NodeManagerAddress']}/{n['NodeID'][:6]}": n["Resources"] for n in ray.nodes() if n["Alive"]}
 
 
 class Cluster:
@@ -65,9 +68,12 @@ class Cluster:
         if cfg.resources.ray_address == "local":
             remove_stale()
             self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")      # sockets need a short path
-            cpus = max(os.cpu_count() or 1, math.ceil(cpus_asked(cfg)))
+            asked = total(demands(cfg))
+            cpus = max(os.cpu_count() or 1, math.ceil(asked.get("CPU", 0.0)))
+            most = cfg.rollout.most / cfg.rollout.least                                        # this machine is every kind of node at once
+            custom = {k: math.ceil(v * most) for k, v in asked.items() if k not in ("CPU", "GPU", "memory")}
             with environment(threads | NICENESS):                                              # inherited; as a runtime_env it costs 0.5 to 1 s an actor
-                ray.init(address="local", num_cpus=cpus, _temp_dir=self.folder, include_dashboard=False, **quiet)
+                ray.init(address="local", num_cpus=cpus, resources=custom, _temp_dir=self.folder, include_dashboard=False, **quiet)
             return
         try:
             ray.init(address=cfg.resources.ray_address, runtime_env={"env_vars": threads}, **quiet)
@@ -75,15 +81,23 @@ class Cluster:
             raise ConfigError(f"resources.ray_address: no Ray cluster at {cfg.resources.ray_address!r} ({error}); start one, or use 'local'") from error
 
     def check(self) -> None:
-        """ConfigError naming the settings that ask for more than there is."""
-        have, r = ray.cluster_resources(), self.cfg.resources
-        gpus = r.planner_gpus + r.learner_gpus
-        if gpus > have.get("GPU", 0.0):
-            raise ConfigError(f"resources.planner_gpus={r.planner_gpus:g} and resources.learner_gpus={r.learner_gpus:g} ask for {gpus:g} GPU(s), "
-                              f"Ray has {have.get('GPU', 0.0):g}; lower them (fractions share a GPU, 0 computes on the CPU)")
-        if cpus_asked(self.cfg) > have.get("CPU", 0.0):
-            raise ConfigError(f"resources.planner_cpus, learner_cpus (twice) and rollout_cpus x rollout.num_workers ask for {cpus_asked(self.cfg):g} CPUs, "
-                              f"Ray has {have.get('CPU', 0.0):g}; lower them or rollout.num_workers")
+        """ConfigError naming what is missing and which settings ask for it; where resources.wait_for_nodes_s allows, the autoscaler is asked for it first."""
+        asked, deadline = demands(self.cfg), time.monotonic() + self.cfg.resources.wait_for_nodes_s
+        lacking = missing(asked, nodes())
+        if not lacking:
+            return
+        if time.monotonic() < deadline:
+            print(f"waiting for nodes (resources.wait_for_nodes_s={self.cfg.resources.wait_for_nodes_s:g}): {'; '.join(lacking)}", flush=True)
+            request_resources(bundles=[d.bundle for d in asked for _ in range(d.count) if d.bundle])
+            while lacking and time.monotonic() < deadline:
+                time.sleep(LOOK_AGAIN_S)
+                lacking = missing(asked, nodes())
+            request_resources(bundles=[])                                                      # from here on the actors themselves are the demand
+        if lacking:
+            there = "; ".join(f"{name}: " + ", ".join(f"{k} {v:g}" for k, v in sorted(node.items()) if not k.startswith(("node:", "object_store")))
+                              for name, node in nodes().items())
+            raise ConfigError(f"Ray lacks resources: {'; '.join(lacking)} (nodes: {there}). Lower what asks for them (fractions share a GPU, 0 GPUs compute "
+                              "on the CPU), or add nodes (resources.wait_for_nodes_s waits for an autoscaler)")
 
     def cpus(self) -> int:
         """Processors that can really compute: evaluators are spread over them."""

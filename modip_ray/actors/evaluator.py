@@ -28,6 +28,9 @@ class EvaluatorActor:
         self.versions: dict[str, int] = {}
         self.env_steps, self.bc = 0, None
 
+    def ready(self) -> None:
+        """Answered once the actor is there."""
+
     def pull(self) -> None:
         newer, self.env_steps = self.get(self.store.newer.remote(self.versions))
         self.versions |= {part: version for part, (version, _) in newer.items()}

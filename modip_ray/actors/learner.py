@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ import numpy as np
 import ray
 import torch
 
+from modip_ray.actors.batches import BatchSource
+from modip_ray.actors.replay import shard_updates
 from modip_ray.config import Config
 from modip_ray.learning.build import Spec, agent_of, device_of
 from modip_ray.learning.checkpoint import Checkpoint, write_state
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
-from modip_ray.learning.replay import Batch
 from modip_ray.learning.updater import Updater, learner_state, load_learner
 from modip_ray.model.networks import flat_vector, load_vector
 from modip_ray.timing import Timer
@@ -31,16 +33,19 @@ class LearnerReport(NamedTuple):
 
 @ray.remote(max_restarts=0)
 class LearnerActor:
-    def __init__(self, cfg: Config, spec: Spec, stream: Stream, replay: str, store: str, gpus: float, checkpoint: Checkpoint | None):
+    def __init__(self, cfg: Config, spec: Spec, stream: Stream, replays: Sequence[str], store: str, checkpoint: Checkpoint | None):
         torch.set_num_threads(cfg.resources.torch_threads)
         self.cfg, self.stream, self.timer = cfg, stream, Timer()
-        self.replay, self.store = ray.get_actor(replay), ray.get_actor(store)
-        self.learner = Learner(cfg, agent_of(cfg, spec, device_of(cfg, gpus)), cfg.seed)
+        self.store = ray.get_actor(store)
+        self.learner = Learner(cfg, agent_of(cfg, spec, device_of(cfg, cfg.resources.learner_gpus)), cfg.seed)
         self.updater = Updater(cfg, self.learner, self.timer)
+        used = [0] * len(replays)
         for part in STREAMS if checkpoint is not None else ():
-            load_learner(self.learner, part, checkpoint.read(f"learner_{part}"))
-        self.batches: deque[ray.ObjectRef] = deque()
-        self.early: dict[int, Batch] = {}
+            state = checkpoint.read(f"learner_{part}")
+            load_learner(self.learner, part, state)
+            if part == stream:
+                used = shard_updates(state, len(replays)).tolist()
+        self.batches = BatchSource([ray.get_actor(name) for name in replays], stream, used, cfg.replay.prefetch, cfg.resources.call_timeout_s, self.timer)
         self.versions: dict[str, int] = {}
         self.exchanged_at = float("-inf")
         self.sent: deque[ray.ObjectRef] = deque()
@@ -51,24 +56,10 @@ class LearnerActor:
         while time.monotonic() < deadline:
             if time.monotonic() - self.exchanged_at >= self.cfg.planner.weights_every_s:
                 self.exchange()
-            batch = self.next_batch()
+            batch = self.batches.next()
             if batch is not None:
                 self.updater.update(self.stream, batch)
         return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot())
-
-    def next_batch(self) -> Batch | None:
-        """The batch of the next update, a copy of our own; None while collection is behind. Those that come early wait for their turn."""
-        number = self.updater.count(self.stream)
-        while number not in self.early:
-            while len(self.batches) < self.cfg.replay.prefetch:
-                self.batches.append(self.replay.sample.remote(self.stream))
-            begun = time.perf_counter()
-            found = self.get(self.batches.popleft())
-            self.timer.add("wait/collection" if found is None else "wait/replay", time.perf_counter() - begun)
-            if found is None:
-                return None
-            self.early[found[0]] = {k: np.array(v) for k, v in found[1].items()}
-        return self.early.pop(number)
 
     def update(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
         """One update on a given batch (tests compare it with the serial one)."""
@@ -113,7 +104,8 @@ class LearnerActor:
         return self.learner.agent.flat(self.stream)
 
     def save(self, folder: str) -> int:
-        write_state(Path(folder), f"learner_{self.stream}", learner_state(self.learner, [self.stream])[self.stream])
+        state = learner_state(self.learner, [self.stream])[self.stream]
+        write_state(Path(folder), f"learner_{self.stream}", state | {"shard_updates": np.array(self.batches.used)})
         return self.updater.count(self.stream)
 
     def get(self, ref: ray.ObjectRef) -> Any:

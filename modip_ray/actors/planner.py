@@ -1,4 +1,4 @@
-"""The planner role: one async actor that answers all rollout workers' queries in batches.
+"""The planner role: async actors that answer the rollout workers' queries in batches.
 
 torch is imported when the actor is built: rollout workers load this file to call it, and need none.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -17,29 +18,36 @@ from modip_ray.config import Config
 from modip_ray.learning.collector import Planned, Query
 from modip_ray.timing import Timer
 
+MakeServer = Callable[[Config, int, int, float, int, Timer], Any]
+
+
+def plan_server(cfg: Config, obs_dim: int, action_dim: int, gpus: float, replica: int, timer: Timer) -> Any:
+    """The real thing; `bench scale` puts a fake accelerator in its place."""
+    import torch
+
+    from modip_ray.learning.build import blank_agent, device_of
+    from modip_ray.learning.plan_server import PlanServer
+    from modip_ray.planning.planner import Planner
+    torch.set_num_threads(cfg.resources.torch_threads)
+    agent = blank_agent(cfg, obs_dim, action_dim, device_of(cfg, gpus))
+    return PlanServer(cfg, Planner(cfg, agent, seed=cfg.seed + replica, timer=timer), lambda: torch.set_num_threads(cfg.resources.torch_threads))
+
 
 @ray.remote(max_restarts=-1)
 class PlannerActor:
     """Stateless but for weights and warm starts, so Ray may restart it: it pulls the weights again."""
 
-    def __init__(self, cfg: Config, obs_dim: int, action_dim: int, store: str, gpus: float):
-        import torch
-
-        from modip_ray.learning.build import blank_agent, device_of
-        from modip_ray.learning.plan_server import PlanServer
-        from modip_ray.planning.planner import Planner
-        torch.set_num_threads(cfg.resources.torch_threads)
+    def __init__(self, cfg: Config, obs_dim: int, action_dim: int, store: str, replica: int = 0, make_server: MakeServer = plan_server):
         self.cfg, self.store, self.timer = cfg, ray.get_actor(store), Timer()
-        agent = blank_agent(cfg, obs_dim, action_dim, device_of(cfg, gpus))
-        self.server = PlanServer(cfg, Planner(cfg, agent, seed=cfg.seed, timer=self.timer))
+        self.server = make_server(cfg, obs_dim, action_dim, cfg.resources.planner_gpus, replica, self.timer)
         p = cfg.planner
-        self.queue = BatchQueue(self.server, p.max_rows, p.max_wait_ms / 1000, lambda: torch.set_num_threads(cfg.resources.torch_threads))
+        self.queue = BatchQueue(self.server, p.max_rows, p.max_wait_ms / 1000, 1 / cfg.rollout.groups, self.server.start_thread)
         self.versions: dict[str, int] = {}
         self.pulling: asyncio.Task | None = None
         self.pulled_at = float("-inf")
 
-    async def plan(self, worker: int, incarnation: str, obs: np.ndarray, reset: np.ndarray) -> Planned:
-        """Chunks and plans for a worker's environments, obs (n, Do), reset (n,)."""
+    async def plan(self, client: Hashable, incarnation: str, obs: np.ndarray, reset: np.ndarray) -> Planned:
+        """Chunks and plans for a client's environments, obs (n, Do), reset (n,)."""
         if self.pulling is not None and self.pulling.done():
             self.pulling.result()                                                   # a pull that failed is an error of the planner
         if time.monotonic() - self.pulled_at >= self.cfg.planner.weights_every_s and (self.pulling is None or self.pulling.done()):
@@ -48,7 +56,7 @@ class PlannerActor:
             self.pulling = asyncio.create_task(self.pull())
             if first:
                 await self.pulling                                                  # never plan with the weights of before the training
-        return await self.queue.submit((worker, incarnation), Query(worker, incarnation, obs, reset), len(obs))
+        return await self.queue.submit((client, incarnation), Query(client, incarnation, obs, reset), len(obs))
 
     async def pull(self) -> None:
         newer, env_steps = await asyncio.wait_for(self.store.newer.remote(self.versions), self.cfg.resources.call_timeout_s)
@@ -58,5 +66,5 @@ class PlannerActor:
         self.server.pending = ({**before, **wanted}, env_steps)
 
     async def status(self) -> dict[str, Any]:
-        q = self.queue
-        return {"timing": self.timer.snapshot(), "batches": q.batches, "rows": q.rows, "device": str(self.server.planner.device), "versions": self.versions}
+        return {"timing": self.timer.snapshot(), "totals": self.queue.totals.copy(), "queued": len(self.queue.waiting), "device": self.server.device,
+                "versions": self.versions}

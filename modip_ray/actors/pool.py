@@ -1,31 +1,31 @@
-"""The rollout workers as one thing: hands out environment steps, gathers reports, brings dead and hung workers back.
+"""The rollout workers as one thing: they join where the cluster has room and leave with their nodes; each gets its share of the steps to collect.
 
-RLlib's FaultTolerantActorManager keeps track of health and of requests in flight (two a worker here), and probes actors that Ray restarts. It
-asks for `apply` and `ping` only, so the workers need not import RLlib. What it lacks is here: it treats an exception *raised by* a method like
-a dead actor (ours are passed on to the user), and it has no time-out for a single call (a hung worker is killed, and Ray restarts it).
+There are rollout.num_workers.max slots, each with an actor of its own. An actor that finds no room yet stays pending, which is what an autoscaler
+looks at; once it has answered `hello` it takes part. One that died or hangs is dropped, and a new one is asked for in its slot. RLlib's
+FaultTolerantActorManager would track health and calls in flight, but it knows a fixed set of actors that Ray restarts, takes an exception *raised
+by* a method for a dead actor, and has no time-out for a call.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from modip_ray.actors.rollout import RolloutReport, RolloutWorker
-from modip_ray.config import Config
+from modip_ray.actors.placement import options
+from modip_ray.actors.rollout import Hello, RolloutReport, RolloutWorker
 from modip_ray.learning.system import Setup, Snapshot
 from modip_ray.runfolder import RunError
+from modip_ray.timing import Timer, merge_snapshots
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")                                                 # RLlib imports dm_control, which misses a display
-    from ray.rllib.utils.actor_manager import FaultTolerantActorManager
-
-IN_FLIGHT = 2
-PROBE_S = 0.2
+IN_FLIGHT = 2                       # calls to a worker: the next slice begins when the last one ends
+BARREN = 10                         # workers that may die one after the other without any report between
+BACK_OFF_S = 30.0                   # longest pause before a slot whose workers die at once is filled again
+GONE = "gone"                       # times of all workers that were lost
+ALONE_S = 60.0                      # without any worker for so long: say so
 
 
 def raise_cause(error: Exception, who: str) -> NoReturn:
@@ -36,93 +36,149 @@ def raise_cause(error: Exception, who: str) -> NoReturn:
     raise cause from error
 
 
+class Slot:
+    """A place for a worker: its actor, who it said it is (None: not there yet), and its calls in flight with the steps asked for."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.actor: Any = None
+        self.hello: ray.ObjectRef | None = None
+        self.member: Hello | None = None
+        self.calls: dict[ray.ObjectRef, int] = {}
+        self.heard_at, self.deaths, self.fill_at = 0.0, 0, 0.0                      # deaths: since its last report
+
+    @property
+    def name(self) -> str:
+        return f"rollout worker {self.number}"
+
+
 class RolloutPool:
-    def __init__(self, setup: Setup, planner: str, replay: str, taken: int):
-        cfg = setup.cfg
-        logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)   # what it would log is said in `incidents`
-        options = RolloutWorker.options(num_cpus=cfg.resources.rollout_cpus)
-        self.workers = [options.remote(cfg, setup.env_factory, setup.hook, i, planner, replay) for i in range(cfg.rollout.least)]
-        self.manager = FaultTolerantActorManager(self.workers, max_remote_requests_in_flight_per_actor=IN_FLIGHT)
-        self.cfg: Config = cfg
+    def __init__(self, setup: Setup, planners: Sequence[str], replays: Sequence[str], taken: int):
+        self.setup, self.cfg, self.planners, self.replays = setup, setup.cfg, planners, replays
         self.before = taken                                                         # steps stored before these workers existed
-        self.totals: dict[str, int] = {}                                            # by incarnation
-        self.asked: dict[int, list[int]] = {i: [] for i in range(len(self.workers))}    # steps of the calls in flight, oldest first
-        self.heard_at = [time.monotonic()] * len(self.workers)
+        self.totals: dict[str, int] = {}                                            # steps executed, by incarnation
+        self.acknowledged: dict[str, int] = {}                                      # of them, stored for sure
+        self.snapshots: dict[str, Snapshot] = {}
         self.returns: list[float] = []
         self.incidents: list[str] = []
-        self.snapshots: dict[str, Snapshot] = {}
-        self.restarts = 0
+        self.joined, self.lost_workers, self.barren = 0, 0, 0                       # counts of events
+        self.alone_since = time.monotonic()
+        self.slots = [Slot(i) for i in range(self.cfg.rollout.most)]
+        for slot in self.slots:
+            self.fill(slot)
+
+    @property
+    def members(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.member is not None]
 
     @property
     def taken(self) -> int:
         """Environment steps executed, stored or not; those of dead workers as far as they were reported."""
         return self.before + sum(self.totals.values())
 
+    def fill(self, slot: Slot) -> None:
+        setup, i = self.setup, slot.number
+        slot.actor = RolloutWorker.options(**options(self.cfg, "rollout")).remote(
+            self.cfg, setup.env_factory, setup.hook, i, self.planners[i % len(self.planners)], self.replays[i % len(self.replays)])
+        slot.hello = slot.actor.hello.remote()
+
     def collect(self, budget: int, seconds: float) -> None:
-        """Keep every healthy worker busy while `budget` steps, less what is asked for already, are left."""
-        for i in self.manager.healthy_actor_ids():
-            while len(self.asked[i]) < IN_FLIGHT:
-                left = budget - sum(map(sum, self.asked.values()))
-                if left <= 0:
-                    return
-                steps = max(1, -(-left // (IN_FLIGHT * len(self.workers))))
-                if not self.manager.foreach_actor_async("run", tag="run", kwargs={"steps": steps, "seconds": seconds}, remote_actor_ids=[i]):
-                    break
-                if not self.asked[i]:
-                    self.heard_at[i] = time.monotonic()
-                self.asked[i].append(steps)
+        """Keep every worker busy while `budget` steps, less what is asked for already, are left."""
+        members = self.members
+        left = budget - sum(sum(slot.calls.values()) for slot in members)
+        share = max(1, -(-left // (IN_FLIGHT * max(len(members), self.cfg.rollout.least))))
+        for slot in members:
+            while len(slot.calls) < IN_FLIGHT and left > 0:
+                if not slot.calls:
+                    slot.heard_at = time.monotonic()
+                slot.calls[slot.actor.run.remote(share, seconds)] = share
+                left -= share
 
     def gather(self) -> None:
-        """Take every report that is ready; note who died, kill who hangs, take back who is restarted."""
-        for result in self.manager.fetch_ready_async_reqs(tags="run", timeout_seconds=0.0):
-            self.take(result.actor_id, result.ok, result.get())
-        now = time.monotonic()
-        for i, asked in self.asked.items():
-            if asked and now - self.heard_at[i] > self.cfg.resources.call_timeout_s:
-                self.lost(i, f"did not answer for {self.cfg.resources.call_timeout_s:g} s (resources.call_timeout_s); it is killed")
-                self.manager.set_actor_state(i, healthy=False)
-                ray.kill(self.workers[i], no_restart=False)
-        if len(self.manager.healthy_actor_ids()) < len(self.workers):
-            for i in self.manager.probe_unhealthy_actors(timeout_seconds=PROBE_S, mark_healthy=True):
-                self.heard_at[i] = now
-                self.restarts += 1
-                self.incidents.append(f"rollout worker {i} is back with new episodes")
+        """Take every answer that is there; note who joined, drop who died or hangs, and fill their slots."""
+        refs = {ref: slot for slot in self.slots for ref in ([slot.hello] if slot.hello is not None else slot.calls)}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0) if refs else ([], [])
+        there = set(ready)
+        for ref, slot in refs.items():                                              # a worker's answers in the order of its calls
+            if ref in there and (ref in slot.calls or ref == slot.hello):
+                self.take(slot, ref)
+        now, limit = time.monotonic(), self.cfg.resources.call_timeout_s
+        for slot in self.slots:
+            if slot.calls and now - slot.heard_at > limit:
+                self.drop(slot, f"did not answer for {limit:g} s (resources.call_timeout_s)")
+            if slot.actor is None and now >= slot.fill_at:
+                self.fill(slot)
+        if self.members:
+            self.alone_since = now
+        elif now - self.alone_since > ALONE_S:
+            self.alone_since = now
+            self.incidents.append(f"no rollout worker for {ALONE_S:g} s: {len(self.slots)} wait for a node that has {options(self.cfg, 'rollout')}")
 
-    def take(self, i: int, ok: bool, found: Any) -> None:
-        if ok:
-            self.heard_at[i] = time.monotonic()
-            self.asked[i] = self.asked[i][1:]
-            self.note(found)
-        elif isinstance(found, RayActorError) and not isinstance(found, RayTaskError):
-            self.lost(i, f"died ({type(found).__name__}); Ray restarts it")
+    def take(self, slot: Slot, ref: ray.ObjectRef) -> None:
+        try:
+            found = ray.get(ref)
+        except RayTaskError as error:
+            raise_cause(error, slot.name)
+        except RayActorError as error:
+            self.drop(slot, f"died ({type(error).__name__})")
+            return
+        if ref == slot.hello:
+            slot.hello, slot.member, slot.heard_at = None, found, time.monotonic()
+            self.joined += 1
+            if self.joined > self.cfg.rollout.least:
+                self.incidents.append(f"{slot.name} joined, {len(self.members)} there")
         else:
-            raise_cause(found, f"rollout worker {i}")
+            slot.heard_at = time.monotonic()
+            del slot.calls[ref]
+            self.note(slot, found)
 
-    def note(self, report: RolloutReport) -> None:
-        self.totals[report.incarnation] = report.total
+    def note(self, slot: Slot, report: RolloutReport) -> None:
+        self.totals[report.incarnation], self.acknowledged[report.incarnation] = report.total, report.stored
         self.snapshots[report.incarnation] = report.timing
         self.returns += report.returns
+        slot.deaths = self.barren = 0
 
-    def lost(self, i: int, why: str) -> None:
-        if self.asked[i]:
-            self.incidents.append(f"rollout worker {i} {why}")
-        self.asked[i] = []
+    def drop(self, slot: Slot, why: str) -> None:
+        """Forget a worker (what it sent and the replay has is safe) and ask for another one, later each time that none comes to work."""
+        was = "" if slot.member is not None else " before it was ready"
+        ray.kill(slot.actor)
+        if slot.member is not None and slot.member.incarnation in self.snapshots:
+            self.snapshots[GONE] = merge_snapshots([self.snapshots.get(GONE, Timer().snapshot()), self.snapshots.pop(slot.member.incarnation)])
+        slot.actor = slot.hello = slot.member = None
+        slot.calls = {}
+        slot.deaths, self.barren, self.lost_workers = slot.deaths + 1, self.barren + 1, self.lost_workers + 1
+        pause = min(BACK_OFF_S, 2.0 ** (slot.deaths - 2)) if slot.deaths > 1 else 0.0
+        slot.fill_at = time.monotonic() + pause
+        self.incidents.append(f"{slot.name} {why}{was}; a new one is asked for, {len(self.members)} there")
+        if self.barren >= BARREN:
+            raise RunError(f"{self.barren} rollout workers died one after the other without a step between them; the last one, {slot.name}: {why}. "
+                           "Look at the memory of their nodes and at the environment; the same command resumes from the last checkpoint")
 
     def idle(self) -> bool:
-        return not any(self.asked.values())
+        return not any(slot.calls for slot in self.slots)
 
     def flush(self) -> None:
-        """Open segments of all healthy workers into the replay."""
-        results = self.manager.foreach_actor("flush", timeout_seconds=self.cfg.resources.call_timeout_s)
-        for result in results:
-            if result.ok:
-                self.note(result.get())
-            elif isinstance(result.get(), RayTaskError):
-                raise_cause(result.get(), f"rollout worker {result.actor_id}")
+        """Open segments of all workers into the replay."""
+        calls = {slot.actor.flush.remote(): slot for slot in self.members}
+        for ref, slot in calls.items():
+            try:
+                self.note(slot, ray.get(ref, timeout=self.cfg.resources.call_timeout_s))
+            except RayTaskError as error:
+                raise_cause(error, slot.name)
+            except (RayActorError, GetTimeoutError) as error:
+                self.drop(slot, f"was lost while it sent its last segments ({type(error).__name__})")
 
     def stored(self, env_steps: int) -> None:
         """After a flush: whatever was executed and is not stored was lost with a worker."""
-        self.before, self.totals = env_steps - sum(self.totals.values()), self.totals
+        self.before = env_steps - sum(self.totals.values())
+
+    def gauges(self) -> dict[str, float]:
+        return {"rollout/workers": float(len(self.members)), "rollout/nodes": float(len({slot.member.node for slot in self.members})),
+                "rollout/waiting": float(len(self.slots) - len(self.members)), "rollout/joined": float(self.joined), "rollout/lost": float(self.lost_workers),
+                "rollout/acknowledged": float(sum(self.acknowledged.values()))}
 
     def close(self) -> None:
-        self.manager.clear()
+        for slot in self.slots:
+            if slot.actor is not None:
+                ray.kill(slot.actor)
+        self.slots = []

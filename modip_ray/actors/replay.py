@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 
 from modip_ray.config import Config
 from modip_ray.learning.checkpoint import Checkpoint, write_state
 from modip_ray.learning.limiter import COLLECTION_WAITS, LEARNING_WAITS, STREAMS, Stream
 from modip_ray.learning.replay import Batch, Segment
-from modip_ray.learning.replay_server import build_replay
+from modip_ray.learning.replay_server import build_replay, shard_config, shard_name
 from modip_ray.tasks.episode import Episode
 from modip_ray.timing import Timer
 
 HOLD_S = 0.5                        # a call waits no longer than this for its turn; then it is answered "not yet"
+
+
+def shard_updates(state: Mapping[str, np.ndarray], shards: int) -> np.ndarray:
+    """How many of a learner's updates, by its checkpoint part, took their batch from each shard (n,)."""
+    return state["shard_updates"] if shards > 1 else state["updates"].reshape(1)
 
 
 class Ack(NamedTuple):
@@ -27,13 +34,15 @@ class Ack(NamedTuple):
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class ReplayActor:
-    def __init__(self, cfg: Config, episodes: list[Episode], checkpoint: Checkpoint | None):
-        self.timer = Timer()
-        self.server = build_replay(cfg, episodes)
+    """One of replay.shards, with its own part of the offline episodes."""
+
+    def __init__(self, cfg: Config, episodes: list[Episode], checkpoint: Checkpoint | None, shard: int = 0):
+        self.timer, self.component = Timer(), shard_name(cfg, shard)
+        self.server = build_replay(shard_config(cfg, shard), episodes)
         self.limiter = self.server.limiter
         if checkpoint is not None:
-            counts = [int(checkpoint.read(f"learner_{s}")["updates"]) for s in STREAMS]
-            self.server.load_state(checkpoint.read("replay"), *counts)
+            counts = [int(shard_updates(checkpoint.read(f"learner_{s}"), cfg.replay.shards)[shard]) for s in STREAMS]
+            self.server.load_state(checkpoint.read(self.component), *counts)
         self.changed = asyncio.Condition()
 
     async def add(self, segments: list[Segment]) -> Ack:
@@ -82,9 +91,9 @@ class ReplayActor:
 
     async def status(self) -> dict[str, Any]:
         return {"env_steps": self.server.env_steps, "allowed": {s: self.limiter.allowed(s) for s in STREAMS}, "ahead": self.limiter.ahead(),
-                "timing": self.timer.snapshot()}
+                "transitions": self.server.replay.online.size, "segments": len(self.server.replay.seen), "timing": self.timer.snapshot()}
 
     async def save(self, folder: str) -> None:
         """The arrays are copied at once, so the checkpoint is of one moment; writing happens beside the loop."""
         state = {k: v.copy() for k, v in self.server.state().items()}
-        await asyncio.to_thread(write_state, Path(folder), "replay", state)
+        await asyncio.to_thread(write_state, Path(folder), self.component, state)

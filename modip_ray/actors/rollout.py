@@ -1,14 +1,12 @@
-"""The rollout role: a group of environments in a process without torch, driven by the planner, feeding the replay."""
+"""The rollout role: groups of environments in a process without torch, driven by the planner, feeding the replay."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
@@ -20,96 +18,130 @@ from modip_ray.timing import Timer
 MAX_UNACKNOWLEDGED = 2
 
 
-class RolloutReport(NamedTuple):
-    worker: int
+class Hello(NamedTuple):
+    """A worker that is ready says who and where it is."""
+
     incarnation: str
-    steps: int                      # executed in this call
-    total: int                      # executed by this incarnation
-    returns: list[float]            # of episodes that ended
+    node: str
+
+
+class RolloutReport(NamedTuple):
+    incarnation: str
+    total: int                      # environment steps executed by this incarnation
+    stored: int                     # transitions of it that the replay has acknowledged
+    returns: list[float]            # of episodes that ended since the last report
     timing: dict[str, Any]
 
 
-@ray.remote(max_restarts=-1, max_task_retries=0)
-class RolloutWorker:
-    """Holds nothing that matters: after a crash Ray runs the constructor again, with a new incarnation id and new episodes.
+class Group:
+    """Environments that are stepped together, and the plan that they are waiting for."""
 
-    `apply` and `ping` are what RLlib's FaultTolerantActorManager asks of an actor (its own base class would import torch here).
+    def __init__(self, collector: Collector, client: tuple[int, int]):
+        self.collector, self.client = collector, client
+        self.plan: ray.ObjectRef | None = None
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class RolloutWorker:
+    """Holds nothing that matters: one that is gone is replaced (actors/pool.py) by a new incarnation with new episodes.
+
+    While the planner plans for one group of environments, another is stepped (rollout.groups).
     """
 
-    def __init__(self, cfg: Config, env_factory: EnvFactory, hook: SegmentHook | None, worker: int, planner: str, replay: str):
-        self.cfg, self.worker, self.timer = cfg, worker, Timer()
-        self.planner, self.replay = ray.get_actor(planner), ray.get_actor(replay)
+    def __init__(self, cfg: Config, env_factory: EnvFactory, hook: SegmentHook | None, slot: int, planner: str, replay: str):
+        self.cfg, self.env_factory, self.hook, self.slot, self.names, self.timer = cfg, env_factory, hook, slot, (planner, replay), Timer()
         self.incarnation = uuid.uuid4().hex[:8]
-        seed = (cfg.seed, worker + 1, int(self.incarnation, 16))
-        self.collector = Collector(env_factory, cfg.rollout.envs_per_worker, cfg.task.max_episode_steps, cfg.rollout.segment_length, seed,
-                                   f"{worker}/{self.incarnation}", hook)
-        self.acks: deque[ray.ObjectRef] = deque()
-        self.total, self.waited = 0, 0.0
+        self.acks: deque[tuple[ray.ObjectRef, int]] = deque()
+        self.total, self.stored, self.turn = 0, 0, 0
+        self.returns: list[float] = []
 
-    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return func(self, *args, **kwargs)
+    def hello(self) -> Hello:
+        """Build the environments; what they raise reaches the driver as it is."""
+        cfg, n = self.cfg, self.cfg.rollout.groups
+        self.planner, self.replay = (ray.get_actor(name) for name in self.names)
+        self.groups = []
+        for g in range(n):
+            name, seed = f"{self.incarnation}.{g}" if g else self.incarnation, (cfg.seed, self.slot + 1, int(self.incarnation, 16), *([g] if g else []))
+            collector = Collector(self.env_factory, cfg.rollout.envs_per_worker // n, cfg.task.max_episode_steps, cfg.rollout.segment_length, seed,
+                                  f"{self.slot}/{name}", self.hook)
+            self.groups.append(Group(collector, (self.slot, g)))
+        return Hello(self.incarnation, ray.get_runtime_context().get_node_id())
 
-    def ping(self) -> str:
-        return "pong"
-
-    def modules(self) -> list[str]:
-        """Names of the imported top-level packages (a test looks for torch)."""
+    def pid_and_modules(self) -> tuple[int, list[str]]:
+        """The process, and the top-level packages that it has imported (a test looks for torch)."""
+        import os
         import sys
-        return sorted({name.partition(".")[0] for name in sys.modules})
+        return os.getpid(), sorted({name.partition(".")[0] for name in sys.modules})
 
     def run(self, steps: int, seconds: float) -> RolloutReport:
-        """Collect so many environment steps (to the end of a group step), or for so many seconds."""
+        """Collect so many environment steps (to the end of a group step), or for so many seconds. Plans that are on their way stay so between calls."""
         deadline, before = time.monotonic() + seconds, self.total
         while self.total - before < steps and time.monotonic() < deadline:
             if not self.acknowledged(MAX_UNACKNOWLEDGED - 1, deadline):
                 break
-            begun, self.waited = time.perf_counter(), 0.0
-            self.total += self.collector.step(self.plan)
-            self.timer.add("environments", time.perf_counter() - begun - self.waited)
-            self.send(self.collector.take_segments())
-        return self.report(self.total - before)
+            for group in self.groups:
+                if group.plan is None:
+                    self.ask(group)
+            group, self.turn = self.groups[self.turn], (self.turn + 1) % len(self.groups)
+            planned = self.answer(group)
+            with self.timer("environments"):
+                self.total += group.collector.execute(planned)
+            self.ask(group)                                                         # before the segments: the planner works meanwhile
+            self.send(group, group.collector.take_segments())
+        return self.report()
 
     def flush(self) -> RolloutReport:
         """Send the open segments too, and wait until everything is stored."""
-        self.send(self.collector.take_segments(flush=True))
+        for group in self.groups:
+            self.send(group, group.collector.take_segments(flush=True))
         while self.acks:
-            self.get(self.acks.popleft())
-        return self.report(0)
+            self.take_ack()
+        return self.report()
 
-    def send(self, segments: list) -> None:
+    def send(self, group: Group, segments: list) -> None:
+        self.returns += [episode.ret for episode in group.collector.take_episodes()]
         if segments:
-            self.acks.append(self.replay.add.remote(segments))
+            self.acks.append((self.replay.add.remote(segments), sum(map(len, segments))))
+
+    def take_ack(self) -> bool:
+        """The oldest sending is stored; whether collection may go on."""
+        ref, transitions = self.acks.popleft()
+        ack = self.get(ref)
+        self.stored += transitions
+        return ack.may_collect
 
     def acknowledged(self, unanswered: int, deadline: float) -> bool:
         """Wait until at most `unanswered` sendings are; and, where the replay says so, for collection's turn. False when time is over."""
-        begun = time.perf_counter()
-        while len(self.acks) > unanswered:
-            ack = self.get(self.acks.popleft())
-            if not ack.may_collect:
-                self.acks.append(self.replay.turn.remote())
-                if time.monotonic() >= deadline:
-                    break
-        self.timer.add("wait/learning", time.perf_counter() - begun)
+        with self.timer("wait/learning"):
+            while len(self.acks) > unanswered:
+                if not self.take_ack():
+                    self.acks.append((self.replay.turn.remote(), 0))
+                    if time.monotonic() >= deadline:
+                        break
         return len(self.acks) <= unanswered
 
-    def plan(self, obs: np.ndarray, reset: np.ndarray) -> Planned:
-        """Ask the planner; while Ray restarts a planner that died, ask again."""
-        begun, deadline = time.perf_counter(), time.monotonic() + self.cfg.resources.call_timeout_s
-        while True:
-            try:
-                planned = self.get(self.planner.plan.remote(self.worker, self.incarnation, obs, reset))
-                break
-            except RayActorError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-        self.waited = time.perf_counter() - begun
-        self.timer.add("wait/planner", self.waited)
-        return planned
+    def ask(self, group: Group) -> None:
+        c = group.collector
+        group.plan = self.planner.plan.remote(group.client, self.incarnation, c.obs, c.reset)
 
-    def report(self, steps: int) -> RolloutReport:
-        returns = [episode.ret for episode in self.collector.take_episodes()]
-        return RolloutReport(self.worker, self.incarnation, steps, self.total, returns, self.timer.snapshot())
+    def answer(self, group: Group) -> Planned:
+        """The group's plan; while Ray restarts a planner that died, ask again."""
+        deadline = time.monotonic() + self.cfg.resources.call_timeout_s
+        with self.timer("wait/planner"):
+            while True:
+                try:
+                    planned, group.plan = self.get(group.plan), None
+                    return planned
+                except RayActorError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.5)
+                    self.ask(group)
+
+    def report(self) -> RolloutReport:
+        returns, self.returns = self.returns, []
+        return RolloutReport(self.incarnation, self.total, self.stored, returns, self.timer.snapshot())
 
     def get(self, ref: ray.ObjectRef) -> Any:
         return ray.get(ref, timeout=self.cfg.resources.call_timeout_s)
+

@@ -8,16 +8,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from modip_ray.actors.cluster import Cluster
-from modip_ray.actors.evaluator import EvaluatorActor
+from modip_ray.actors.evaluators import Evaluators
 from modip_ray.actors.learner import LearnerActor, LearnerReport
+from modip_ray.actors.placement import options
 from modip_ray.actors.planner import PlannerActor
 from modip_ray.actors.pool import RolloutPool, raise_cause
 from modip_ray.actors.replay import ReplayActor
 from modip_ray.actors.weights import WeightStore
+from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import write_state
 from modip_ray.learning.evaluation import Job, Outcome
 from modip_ray.learning.limiter import STREAMS, Stream
@@ -26,7 +29,6 @@ from modip_ray.runfolder import RunError
 from modip_ray.timing import Timer, merge_snapshots
 
 SLICE_S = 1.0                       # one call of a worker or learner
-PATIENCE = 10                       # time-outs that a group of evaluation episodes may take: they run by thousands of steps
 
 
 class RaySystem:
@@ -40,33 +42,33 @@ class RaySystem:
             raise
 
     def build(self) -> None:
-        cfg, r, checkpoint = self.cfg, self.cfg.resources, self.setup.checkpoint
-        spec = self.setup.spec
-        self.names = {role: f"{role}-{uuid.uuid4().hex[:8]}" for role in ("store", "replay", "planner")}    # an actor handle among the arguments of
-        self.store = WeightStore.options(name=self.names["store"]).remote()         # one that may restart would make Ray warn, hence names
+        cfg, checkpoint, spec, run = self.cfg, self.setup.checkpoint, self.setup.spec, uuid.uuid4().hex[:8]
+        shards, episodes = cfg.replay.shards, self.setup.episodes
+        if len(episodes) < shards:
+            raise ConfigError(f"replay.shards: got {shards}, but the data have {len(episodes)} episode(s), and each shard needs one")
+        self.store_name = f"store-{run}"                                            # names: an actor handle among the arguments of one that may restart
+        self.replay_names = [f"replay-{run}-{i}" for i in range(shards)]            # would make Ray warn
+        self.planner_names = [f"planner-{run}-{i}" for i in range(cfg.planner.replicas)]
+        self.store = WeightStore.options(name=self.store_name, **options(cfg, "store")).remote()
         started = self.store.put.remote("agent", 0, spec.weights)
-        self.replay = ReplayActor.options(name=self.names["replay"]).remote(cfg, self.setup.episodes, checkpoint)
-        gpus = r.learner_gpus / len(STREAMS)
-        learner = LearnerActor.options(num_cpus=r.learner_cpus, num_gpus=gpus)
-        self.learners = {s: learner.remote(cfg, spec, s, self.names["replay"], self.names["store"], gpus, checkpoint) for s in STREAMS}
+        self.replays = [ReplayActor.options(name=name, **options(cfg, "replay")).remote(cfg, episodes[i::shards], checkpoint, i)
+                        for i, name in enumerate(self.replay_names)]
+        learner = LearnerActor.options(**options(cfg, "learner"))
+        self.learners = {s: learner.remote(cfg, spec, s, self.replay_names, self.store_name, checkpoint) for s in STREAMS}
         self.call([started], "the weight store")
         self.counts: dict[Stream, int] = dict(zip(STREAMS, self.call([self.learners[s].settle.remote() for s in STREAMS], "the learners' start"), strict=True))
-        planner = PlannerActor.options(name=self.names["planner"], num_cpus=r.planner_cpus, num_gpus=r.planner_gpus)
-        self.planner = planner.remote(cfg, spec.obs_dim, spec.action_dim, self.names["store"], r.planner_gpus)     # starts while the learners pre-train
-        self.evaluators = [self.evaluator()]
+        make_server = [self.setup.plan_server] if self.setup.plan_server is not None else []
+        self.planners = [PlannerActor.options(name=name, **options(cfg, "planner")).remote(cfg, spec.obs_dim, spec.action_dim, self.store_name, i, *make_server)
+                         for i, name in enumerate(self.planner_names)]              # they start while the learners pre-train
+        self.evaluators = Evaluators(cfg, spec, self.setup.env_factory, self.store_name, self.replay_names[0], self.call)
         self.env_steps = self.replay_status()["env_steps"]
         self.pool: RolloutPool | None = None
         self.working: dict[ray.ObjectRef, tuple[Stream, float]] = {}
-        self.asked: ray.ObjectRef | None = None
-        self.finished: list[Report] = []
         self.snapshots: dict[str, dict[Any, Snapshot]] = {}
+        self.totals_before = np.zeros(4)                                            # BatchQueue.totals of all planners at the last gauges
         self.bc = saved_bc(checkpoint)
         if self.bc is not None:
             self.call([self.store.put.remote("bc", 0, self.bc)], "the weight store")
-
-    def evaluator(self) -> Any:
-        spec = self.setup.spec
-        return EvaluatorActor.remote(self.cfg, spec.obs_dim, spec.action_dim, self.setup.env_factory, self.names["store"], self.names["replay"])
 
     # ---- training ----------------------------------------------------------------------------------------------------------------------------
 
@@ -97,7 +99,7 @@ class RaySystem:
         if self.env_steps >= target:
             return
         if self.pool is None:
-            self.pool = RolloutPool(self.setup, self.names["planner"], self.names["replay"], self.env_steps)
+            self.pool = RolloutPool(self.setup, self.planner_names, self.replay_names, self.env_steps)
         pool = self.pool
         pool.gather()
         pool.collect(target - pool.taken, SLICE_S)
@@ -138,7 +140,11 @@ class RaySystem:
         return returns, incidents
 
     def replay_status(self) -> dict[str, Any]:
-        return self.call([self.replay.status.remote()], "the replay")[0]
+        """Of all shards together; "ahead" of the one that is furthest, "timings" of each."""
+        found = self.call([replay.status.remote() for replay in self.replays], "the replay")
+        return {"env_steps": sum(s["env_steps"] for s in found), "allowed": {stream: sum(s["allowed"][stream] for s in found) for stream in STREAMS},
+                "ahead": max(s["ahead"] for s in found), "transitions": sum(s["transitions"] for s in found),
+                "segments": sum(s["segments"] for s in found), "timings": [s["timing"] for s in found]}
 
     def freeze_bc(self) -> None:
         self.settle()
@@ -153,7 +159,7 @@ class RaySystem:
 
     def save(self, folder: Path) -> None:
         with self.timer("checkpoint"):
-            parts = [self.replay, *self.learners.values()]
+            parts = [*self.replays, *self.learners.values()]
             self.call([actor.save.remote(str(folder)) for actor in parts], "a checkpoint part")
             if self.bc is not None:
                 write_state(folder, "bc", {"policy": self.bc})
@@ -161,80 +167,68 @@ class RaySystem:
     # ---- evaluation --------------------------------------------------------------------------------------------------------------------------
 
     def request_evaluation(self, jobs: Sequence[Job]) -> bool:
-        self.collect_report(0)
-        if self.asked is not None:
-            return False
-        self.asked = self.evaluators[0].measure.remote(list(jobs))
-        return True
+        return self.evaluators.request(jobs)
 
     def reports(self) -> list[Report]:
-        self.collect_report(0)
-        finished, self.finished = self.finished, []
-        return finished
-
-    def collect_report(self, wait_s: float | None) -> None:
-        if self.asked is None:
-            return
-        ready, _ = ray.wait([self.asked], timeout=wait_s)
-        if ready:
-            self.finished += self.call(ready, "the evaluator")
-            self.asked = None
+        return self.evaluators.reports()
 
     def evaluate(self, jobs: Sequence[Job], progress: Callable[[Outcome], None]) -> Report:
-        """Jobs go to whichever evaluator is free; there is one for each processor, and training has made room."""
+        """There is an evaluator for each processor, and training has made room."""
         self.settle()
         self.remember_timings()
         self.stop_training()
         self.call([self.store.set_env_steps.remote(self.env_steps)], "the weight store")
-        self.evaluators += [self.evaluator() for _ in range(min(self.cluster.cpus(), len(jobs)) - 1)]
-        waiting, running, outcomes = list(jobs), {}, []
-        diagnosis = None
-        free = list(self.evaluators)
-        while waiting or running:
-            while waiting and free:
-                actor = free.pop(0)
-                running[actor.run.remote(waiting.pop(0))] = actor
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE * self.cfg.resources.call_timeout_s)
-            if not ready:
-                raise RunError(f"no evaluator answered within {PATIENCE} x resources.call_timeout_s; the same command evaluates again")
-            for ref in ready:
-                free.append(running.pop(ref))
-                outcomes += self.call([ref], "an evaluator")
-                progress(outcomes[-1])
-            if not waiting and diagnosis is None and free:
-                diagnosis = free[0].measure.remote([])
-        if self.asked is not None:
-            self.collect_report(self.cfg.resources.call_timeout_s)
-        diagnosed = self.call([diagnosis], "an evaluator")[0]
-        return Report(self.env_steps, self.counts["model"], outcomes, diagnosed.diagnostics)
+        outcomes, diagnostics = self.evaluators.run_all(jobs, self.cluster.cpus(), progress)
+        return Report(self.env_steps, self.counts["model"], outcomes, diagnostics)
 
     def stop_training(self) -> None:
         if self.pool is not None:
             self.pool.close()
-        for actor in (self.planner, *self.learners.values()):
+        for actor in (*self.planners, *self.learners.values()):
             ray.kill(actor)
-        self.planner, self.learners = None, {}
+        self.planners, self.learners = [], {}
 
     # ---- the rest ----------------------------------------------------------------------------------------------------------------------------
+
+    def gauges(self) -> dict[str, float]:
+        """Workers, batches of the planners since the last call, age of their weights, how full the replay is. A planner that is restarting is left out."""
+        replay = self.replay_status()
+        found = {f"replay/{k}": float(replay[k]) for k in ("ahead", "transitions", "segments")}
+        if self.pool is not None:
+            found |= self.pool.gauges()
+        planners = self.planner_statuses()
+        if not planners:
+            return found
+        totals = np.sum([p["totals"] for p in planners], axis=0)
+        (batches, rows, requests, waited), self.totals_before = np.maximum(totals - self.totals_before, 0), totals
+        if batches:
+            found |= {"planner/rows_per_batch": rows / batches, "planner/answer_ms": 1e3 * waited / requests}
+        newest = self.call([self.store.status.remote()], "the weight store")[0]
+        behind = [newest["model"][0] - p["versions"]["model"] for p in planners if "model" in p["versions"]]
+        return found | {"planner/queued": float(sum(p["queued"] for p in planners)), "planner/updates_behind": float(max(behind, default=0)),
+                        "planner/seconds_behind": newest["model"][1] if any(behind) else 0.0}
+
+    def planner_statuses(self) -> list[dict[str, Any]]:
+        found = []
+        for planner in self.planners:
+            try:
+                found.append(ray.get(planner.status.remote(), timeout=self.cfg.resources.call_timeout_s))
+            except RayActorError:                                                   # Ray restarts it
+                continue
+        return found
 
     def timings(self) -> dict[str, tuple[Snapshot, int]]:
         self.remember_timings()
         found = {role: (merge_snapshots(parts.values()), len(parts)) for role, parts in self.snapshots.items() if parts}
         return {"driver": (self.timer.snapshot(), 1), **found}
 
-    def gauges(self) -> dict[str, float]:
-        workers = len(self.pool.workers) if self.pool is not None else 0
-        return {"rollout/workers": float(workers), "replay/ahead": float(self.replay_status()["ahead"])}
-
     def remember_timings(self) -> None:
         """Newest snapshots by role; actors that are gone keep their last one. An evaluator that is at work is not waited for."""
-        self.snapshots["replay"] = {0: self.replay_status()["timing"]}
-        if self.planner is not None:
-            self.snapshots["planner"] = {0: self.call([self.planner.status.remote()], "the planner")[0]["timing"]}
+        self.snapshots["replay"] = dict(enumerate(self.replay_status()["timings"]))
+        self.snapshots.setdefault("planner", {}).update(enumerate(p["timing"] for p in self.planner_statuses()))
         if self.pool is not None:
             self.snapshots["rollout"] = dict(self.pool.snapshots)
-        if self.asked is None:
-            self.snapshots["evaluator"] = dict(enumerate(self.call([e.timing.remote() for e in self.evaluators], "an evaluator")))
+        self.snapshots["evaluator"] = self.evaluators.timings()
 
     def call(self, refs: Sequence[ray.ObjectRef], who: str) -> list[Any]:
         """Results, or RunError naming who died or did not answer in time; errors that an actor raised come as they are."""

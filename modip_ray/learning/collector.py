@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ class Planned(NamedTuple):
 class Query(NamedTuple):
     """A worker's question: observations (n, Do) of its environments, reset (n,): where an episode has just begun."""
 
-    worker: int
+    worker: Hashable                # who asks; a group of a worker's environments is a client of its own
     incarnation: str
     obs: np.ndarray
     reset: np.ndarray
@@ -77,7 +77,10 @@ class Collector:
 
     def step(self, plan: Callable[[np.ndarray, np.ndarray], Planned]) -> int:
         """Ask `plan(obs (n, Do), reset (n,))` once and execute its chunks; returns the environment steps executed."""
-        planned = plan(self.obs, self.reset)
+        return self.execute(plan(self.obs, self.reset))
+
+    def execute(self, planned: Planned) -> int:
+        """Execute the chunks planned for `self.obs`; returns the environment steps executed."""
         result = self.group.step(planned.actions)
         for i, t in enumerate(result.transitions):
             self.open[i].add(t, planned.plans[i], planned.gains[i])

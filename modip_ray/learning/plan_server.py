@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
 import numpy as np
 
 from modip_ray.config import Config
@@ -11,11 +13,12 @@ from modip_ray.planning.planner import Planner
 
 
 class PlanServer:
-    """Plans for a list of queries at once. A query that is wrong fails alone."""
+    """Plans for a list of queries at once. A query that is wrong fails alone. `start_thread`: to be called first in the thread that plans."""
 
-    def __init__(self, cfg: Config, planner: Planner):
-        self.cfg, self.planner = cfg, planner
-        self.incarnations: dict[int, tuple[str, int]] = {}
+    def __init__(self, cfg: Config, planner: Planner, start_thread: Callable[[], None] = lambda: None):
+        self.cfg, self.planner, self.start_thread = cfg, planner, start_thread
+        self.device = str(planner.device)
+        self.incarnations: dict[Hashable, tuple[str, int]] = {}
         self.pending: tuple[Newer, int] | None = None
 
     def __call__(self, queries: list[Query]) -> list[Planned | Exception]:

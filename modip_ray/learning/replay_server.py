@@ -92,6 +92,27 @@ def offline_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayBuffer:
     return offline
 
 
+def part(total: int, shards: int, shard: int) -> int:
+    """A shard's share of a number; the first ones take what does not divide."""
+    return total // shards + (shard < total % shards)
+
+
+def shard_config(cfg: Config, shard: int) -> Config:
+    """The settings by which one of replay.shards works: its share of data, updates and steps, and a seed of its own. One shard: as they are."""
+    n = cfg.replay.shards
+    if n == 1:
+        return cfg
+    shares = {"replay.capacity": cfg.replay.capacity, "online.env_steps": cfg.online.env_steps, "online.min_online": cfg.online.min_online,
+              "pretrain.updates": cfg.pretrain.updates, "pretrain.policy_updates": cfg.pretrain.policy_updates}
+    return cfg.replace({k: part(v, n, shard) for k, v in shares.items()}
+                       | {"replay.shards": 1, "replay.samples_per_insert_slack": cfg.replay.samples_per_insert_slack / n, "seed": cfg.seed + shard})
+
+
+def shard_name(cfg: Config, shard: int) -> str:
+    """A shard's checkpoint component."""
+    return "replay" if cfg.replay.shards == 1 else f"replay_{shard}"
+
+
 def build_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayServer:
     """Offline data beside an empty online ring that can hold the whole run, or replay.capacity."""
     offline = offline_replay(cfg, episodes)

@@ -23,7 +23,7 @@ Snapshot = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a system is built from. `checkpoint`: where to go on from; `bc`: the frozen policy part, once the offline phase is over."""
+    """All that a system is built from. `checkpoint`: where to go on from; `plan_server`: what the planner actors build in place of the real planner."""
 
     cfg: Config
     spec: Spec
@@ -31,6 +31,7 @@ class Setup:
     env_factory: EnvFactory
     hook: SegmentHook | None = None
     checkpoint: Checkpoint | None = None
+    plan_server: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

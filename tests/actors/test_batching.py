@@ -46,7 +46,7 @@ def test_max_rows_splits_and_an_oversized_request_goes_alone():
         sizes = []
         queue = BatchQueue(lambda items: sizes.append(len(items)) or items, max_rows=4, max_wait_s=0.02)
         await asyncio.gather(*(queue.submit(i, i, rows) for i, rows in enumerate((2, 2, 2, 9, 1))))
-        assert sizes == [2, 1, 1, 1] and queue.rows == 16
+        assert sizes == [2, 1, 1, 1] and queue.totals[1] == 16
     run(main())
 
 
@@ -88,5 +88,5 @@ def test_every_client_gets_its_own_answer_in_a_closed_loop(clients):
             for step in range(50):
                 assert await queue.submit(number, 1000 * number + step, 1) == 1000 * number + step + 1
         await asyncio.gather(*(client(i) for i in range(clients)))
-        assert queue.rows == 50 * clients
+        assert queue.totals[1] == queue.totals[2] == 50 * clients
     run(main())

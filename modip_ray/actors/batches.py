@@ -1,0 +1,75 @@
+"""A learner's batches, fetched ahead from all replay shards."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from modip_ray.learning.limiter import Stream
+from modip_ray.learning.replay import Batch
+from modip_ray.timing import Timer
+
+
+class Shard:
+    """Requests to one replay actor that are on their way. Ray may run an async actor's calls in any order, so batches that come early wait."""
+
+    def __init__(self, replay: Any, stream: Stream, used: int):
+        self.replay, self.stream, self.used = replay, stream, used
+        self.asked: deque[ray.ObjectRef] = deque()
+        self.early: dict[int, Batch] = {}
+
+    def ask(self, prefetch: int) -> None:
+        while len(self.asked) < prefetch:
+            self.asked.append(self.replay.sample.remote(self.stream))
+
+
+class BatchSource:
+    """The shards take turns; one that has nothing to give yet is passed over. used: batches taken from each so far (n,)."""
+
+    def __init__(self, replays: Sequence[Any], stream: Stream, used: Sequence[int], prefetch: int, timeout_s: float, timer: Timer):
+        self.shards = [Shard(replay, stream, int(n)) for replay, n in zip(replays, used, strict=True)]
+        self.prefetch, self.timeout_s, self.timer, self.turn = prefetch, timeout_s, timer, 0
+
+    @property
+    def used(self) -> list[int]:
+        return [shard.used for shard in self.shards]
+
+    def next(self) -> Batch | None:
+        """The batch of the next update, a copy of our own; None while collection is behind."""
+        for shard in self.in_order():
+            batch = self.take(shard)
+            if batch is not None:
+                self.turn = (self.shards.index(shard) + 1) % len(self.shards)
+                return batch
+        return None
+
+    def in_order(self) -> list[Shard]:
+        """By turns, those first whose answer is there."""
+        for shard in self.shards:
+            shard.ask(self.prefetch)
+        order = self.shards[self.turn:] + self.shards[:self.turn]
+        if len(order) == 1 or order[0].used in order[0].early:
+            return order
+        refs = [shard.asked[0] for shard in order]
+        begun = time.perf_counter()
+        ray.wait(refs, num_returns=1, timeout=self.timeout_s)
+        self.timer.add("wait/replay", time.perf_counter() - begun)
+        there = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        return sorted(order, key=lambda shard: shard.asked[0] not in there and shard.used not in shard.early)
+
+    def take(self, shard: Shard) -> Batch | None:
+        while shard.used not in shard.early:
+            shard.ask(self.prefetch)
+            begun = time.perf_counter()
+            found = ray.get(shard.asked.popleft(), timeout=self.timeout_s)
+            self.timer.add("wait/collection" if found is None else "wait/replay", time.perf_counter() - begun)
+            if found is None:
+                return None
+            shard.early[found[0]] = {k: np.array(v) for k, v in found[1].items()}
+        shard.used += 1
+        return shard.early.pop(shard.used - 1)

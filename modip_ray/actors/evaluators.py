@@ -1,0 +1,86 @@
+"""The evaluators as one thing: one beside the training, one for each processor once it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from modip_ray.actors.evaluator import EvaluatorActor
+from modip_ray.actors.placement import options
+from modip_ray.config import Config
+from modip_ray.learning.build import Spec
+from modip_ray.learning.evaluation import Job, Outcome
+from modip_ray.learning.system import Report, Snapshot
+from modip_ray.runfolder import RunError
+from modip_ray.tasks.envs import EnvFactory
+
+PATIENCE = 10                       # time-outs that a group of evaluation episodes may take: they run by thousands of steps
+Call = Callable[[Sequence[ray.ObjectRef], str], list[Any]]
+
+
+class Evaluators:
+    """call: (refs, who) -> results, or an error that names who (RaySystem.call)."""
+
+    def __init__(self, cfg: Config, spec: Spec, env_factory: EnvFactory, store: str, replay: str, call: Call):
+        self.cfg, self.call = cfg, call
+        self.arguments = (cfg, spec.obs_dim, spec.action_dim, env_factory, store, replay)
+        self.actors = [self.actor(**options(cfg, "evaluator"))]
+        self.asked: ray.ObjectRef | None = None
+        self.finished: list[Report] = []
+        self.last_timings: dict[int, Snapshot] = {}
+
+    def actor(self, **resources: Any) -> Any:
+        return EvaluatorActor.options(**resources).remote(*self.arguments)
+
+    def request(self, jobs: Sequence[Job]) -> bool:
+        """Evaluate the weights of now beside the training; False while the last request is not finished."""
+        self.collect(0)
+        if self.asked is not None:
+            return False
+        self.asked = self.actors[0].measure.remote(list(jobs))
+        return True
+
+    def reports(self) -> list[Report]:
+        """Those finished since the last call."""
+        self.collect(0)
+        finished, self.finished = self.finished, []
+        return finished
+
+    def collect(self, wait_s: float) -> None:
+        if self.asked is None:
+            return
+        ready, _ = ray.wait([self.asked], timeout=wait_s)
+        if ready:
+            self.finished += self.call(ready, "the evaluator")
+            self.asked = None
+
+    def run_all(self, jobs: Sequence[Job], cpus: int, progress: Callable[[Outcome], None]) -> tuple[list[Outcome], dict[str, Any]]:
+        """Every job by whichever evaluator is free, and the diagnostics. More evaluators start wherever there is room, the rollout workers' nodes included."""
+        self.actors += [self.actor(num_cpus=1) for _ in range(min(cpus, len(jobs)) - 1)]
+        joining = {actor.ready.remote(): actor for actor in self.actors}
+        waiting, free, running, outcomes = list(jobs), [], {}, []
+        while waiting or running:
+            ready, _ = ray.wait([*joining, *running], num_returns=1, timeout=PATIENCE * self.cfg.resources.call_timeout_s)
+            if not ready:
+                raise RunError(f"no evaluator answered within {PATIENCE} x resources.call_timeout_s; the same command evaluates again")
+            for ref in ready:
+                if ref in joining:
+                    free.append(joining.pop(ref))
+                    continue
+                free.append(running.pop(ref))
+                outcomes += self.call([ref], "an evaluator")
+                progress(outcomes[-1])
+            while waiting and free:
+                actor = free.pop(0)
+                running[actor.run.remote(waiting.pop(0))] = actor
+        self.collect(self.cfg.resources.call_timeout_s)
+        (diagnosed,) = self.call([self.actors[0].measure.remote([])], "an evaluator")
+        return outcomes, diagnosed.diagnostics
+
+    def timings(self) -> dict[int, Snapshot]:
+        """By evaluator; one that is at work is not waited for."""
+        if self.asked is None:
+            self.last_timings = dict(enumerate(self.call([actor.timing.remote() for actor in self.actors], "an evaluator")))
+        return self.last_timings
