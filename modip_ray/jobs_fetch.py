@@ -1,0 +1,124 @@
+"""Bringing a run folder back from the cluster: a small job on the head writes it to its log (jobs_send.py), here it is checked and unpacked."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import secrets
+import shlex
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+from zipfile import ZipFile
+
+from ray.job_submission import JobDetails
+
+from modip_ray import jobs_send
+from modip_ray.jobs import Client, JobError, follow, plain_errors
+from modip_ray.jobs_send import END, FAILED, PREFIX
+
+MARK = "fetched.json"               # in a local copy: whose it is, and that it may be replaced
+
+
+def fetch(client: Client, run_dir: str, target: Path, python: str, checkpoints: bool = True) -> int:
+    """Copy `run_dir` of the cluster to `target`, replacing an earlier copy at once when all of it is here; returns the bytes that came over the line."""
+    check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        received = Receiver(Path(folder) / "run.tar.gz")
+        job_id = f"fetch-{secrets.token_hex(4)}"
+        try:
+            info = start(client, job_id, run_dir, python, checkpoints, Path(folder), received)
+        finally:
+            end(client, job_id)
+        received.check(info, run_dir)
+        unpacked = Path(folder) / "run"
+        unpack(received.path, unpacked)
+        (unpacked / MARK).write_text(json.dumps({"address": client.get_address(), "run_dir": run_dir, "checkpoints": checkpoints}))
+        replace(unpacked, target)
+        return received.size
+
+
+def check_target(target: Path) -> None:
+    """JobError where `target` is something else than an earlier copy: a run of this machine is never overwritten."""
+    if target.exists() and not (target / MARK).is_file():
+        raise JobError(f"{target}: exists here and is no copy fetched earlier; move it away, or name another place with --to")
+
+
+def start(client: Client, job_id: str, run_dir: str, python: str, checkpoints: bool, folder: Path, received: Receiver) -> JobDetails:
+    package = folder / "send.zip"
+    with ZipFile(package, "w") as archive:
+        archive.write(jobs_send.__file__, "jobs_send.py")
+    words = [python, "jobs_send.py", run_dir, *([] if checkpoints else ["--without-checkpoints"])]
+    with plain_errors(client.get_address()):
+        client.submit_job(entrypoint=f"exec {shlex.join(words)}", submission_id=job_id, runtime_env={"working_dir": str(package)}, metadata={"modip": "fetch"})
+    return follow(client, job_id, received.take)
+
+
+def end(client: Client, job_id: str) -> None:
+    """Stop the sending job, which then empties its log. Where the connection is gone it ends by itself after a while: nothing to tell the user."""
+    try:
+        with plain_errors(client.get_address()):
+            client.stop_job(job_id)
+    except JobError:
+        return
+
+
+class Receiver:
+    """Takes pieces of the job's log, writes the file that is in them, and knows when it is complete."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, open(path, "wb")
+        self.line, self.size, self.digest = "", 0, hashlib.sha256()
+        self.failed: str | None = None
+        self.complete = False
+
+    def take(self, text: str) -> bool:
+        """True when there is nothing to wait for any more."""
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines:
+            if line.startswith(PREFIX):
+                try:
+                    piece = base64.b64decode(line.removeprefix(PREFIX), validate=True)
+                except binascii.Error as error:
+                    raise JobError(f"what came over the line is damaged ({error}); fetch again") from error
+                self.file.write(piece)
+                self.digest.update(piece)
+                self.size += len(piece)
+            elif line.startswith(FAILED):
+                self.failed = line.removeprefix(FAILED)
+            elif line.startswith(END):
+                self.file.close()
+                self.complete = line.removeprefix(END).split() == [self.digest.hexdigest(), str(self.size)]
+                return True
+        return self.failed is not None
+
+    def check(self, job: JobDetails, run_dir: str) -> None:
+        self.file.close()
+        if self.failed is not None:
+            raise JobError(self.failed)
+        if not self.complete:
+            last = next((line for line in reversed((job.message or "").splitlines()) if line.strip()), "its sha256 does not fit")
+            raise JobError(f"{run_dir}: did not arrive whole ({self.size:,} bytes, job {job.status.value}): {last}; fetch again")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Plain files and folders only, none of them outside `folder` (tarfile's data filter)."""
+    folder.mkdir()
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise JobError(f"what came over the line cannot be unpacked ({error}); fetch again") from error
+
+
+def replace(new: Path, target: Path) -> None:
+    """The new folder in the place of the old one, which stays whole until then."""
+    old = new.with_name("old")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

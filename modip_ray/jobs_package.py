@@ -1,0 +1,153 @@
+"""What a job takes along: the user's folder and this package in one zip file, and the command line as it must read on the cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from zipfile import ZIP_DEFLATED, ZipFile
+
+from modip_ray.config import Config, ConfigError, config_dir, load
+from modip_ray.data_cli import size_text
+from modip_ray.jobs import JobError, Submission
+
+STORAGE = "~/modip_ray_runs"
+LEFT_OUT = ("runs", "results", "venv", "env", "wandb", "node_modules", "build", "dist")      # and everything hidden, caches, *.egg-info
+FILE_BYTES = 50_000_000
+PACKAGE_BYTES = 400_000_000         # Ray keeps a package in the head's memory and refuses 512 MiB
+RUN_ARGUMENTS = ("run_folder", "runs", "json_file", "out", "policy")       # of the other commands: paths that live with the runs
+
+
+# ---- the package -----------------------------------------------------------------------------------------------------------------------------
+
+
+def write_package(folder: Path, target: Path) -> list[str]:
+    """Zip of `folder` with modip_ray (and its configs inside) on top; returns the large files that were left out. JobError where it gets too large."""
+    if not folder.is_dir():
+        raise JobError(f"--working-dir: {folder} is no folder")
+    large, total = [], 0
+    with ZipFile(target, "w", ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for path in files_of(folder):
+            size = path.stat().st_size
+            if size > FILE_BYTES:
+                large.append(f"{path.relative_to(folder)} ({size_text(size)})")
+                continue
+            total += size
+            if total > 4 * PACKAGE_BYTES or target.stat().st_size > PACKAGE_BYTES:
+                raise JobError(f"{folder}: holds more than a job can take along ({size_text(PACKAGE_BYTES)} packed); --working-dir names a smaller folder, "
+                               f"and hidden folders and {', '.join(LEFT_OUT)} are left out")
+            archive.write(path, path.relative_to(folder))
+        for source, name in package_files():
+            archive.write(source, name)
+    return large
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """Files of the user's folder that travel, in a fixed order; a modip_ray checkout's own package is added apart."""
+    for base, folders, names in os.walk(folder):
+        here = Path(base)
+        folders[:] = sorted(name for name in folders if travels(name) and not is_own_package(here / name))
+        yield from (here / name for name in sorted(names) if not name.startswith(".") and (here / name).is_file())
+
+
+def travels(name: str) -> bool:
+    return not name.startswith(".") and name not in (*LEFT_OUT, "__pycache__") and not name.endswith(".egg-info")
+
+
+def is_own_package(folder: Path) -> bool:
+    return folder.resolve() == Path(__file__).resolve().parent
+
+
+def package_files() -> Iterator[tuple[Path, str]]:
+    """Files of modip_ray with their names in the archive: `configs` inside the package, as in a wheel, whatever the working directory holds."""
+    for root, top in ((Path(__file__).resolve().parent, "modip_ray"), (config_dir(), "modip_ray/configs")):
+        for path in sorted(root.rglob("*")):
+            parts = path.relative_to(root).parts
+            if path.is_file() and all(map(travels, parts[:-1])) and not (top == "modip_ray" and parts[0] == "configs"):
+                yield path, f"{top}/{'/'.join(parts)}"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line for the cluster, the run folder it works on there, and where that is to come back to here."""
+
+    arguments: list[str]
+    label: str
+    run_dir: str | None = None
+    local_dir: str | None = None
+
+
+def prepare(arguments: Sequence[str], name: str | None, storage: str, folder: Path) -> Command:
+    """Check the command as if it were to run here in `folder`, and turn its run folder into one under `storage`."""
+    from modip_ray.cli import parser
+    if not arguments:
+        raise JobError("nothing to run: give a command behind --, e.g. modip submit -- train task=hopper-medium run_dir=runs/hopper")
+    args, _ = parser().parse_known_args(list(arguments))
+    if args.command in ("submit", "jobs"):
+        raise JobError(f"'{args.command}' itself cannot be submitted; give train, eval, report, ... behind --")
+    if args.command == "train":
+        with chdir(folder):
+            cfg = load(args.config, args.settings)
+        return training(list(arguments), args.settings, cfg, name, storage)
+    return other(list(arguments), args, name, storage)
+
+
+def training(arguments: list[str], settings: Sequence[str], cfg: Config, name: str | None, storage: str) -> Command:
+    label = name or (PurePosixPath(cfg.run_dir).name if cfg.run_dir else f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = cfg.run_dir or f"runs/{label}"
+    there = on_cluster(run_dir, storage)
+    added = [f"run_dir={there}"]
+    if cfg.resources.ray_address == "local" and not any(s.startswith("resources.ray_address=") for s in settings):
+        added.append("resources.ray_address=auto")
+    return Command([a for a in arguments if not a.startswith("run_dir=")] + added, label, there, here_for(run_dir))
+
+
+def other(arguments: list[str], args: argparse.Namespace, name: str | None, storage: str) -> Command:
+    """eval, report, collect, ...: relative paths that name runs (or what is written) become paths under `storage`."""
+    values = [getattr(args, name, None) for name in RUN_ARGUMENTS]
+    paths = {str(Path(v)) for value in values if value is not None for v in (value if isinstance(value, list) else [value]) if str(v) != "demonstrator"}
+    moved = [on_cluster(a, storage) if str(Path(a)) in paths else a for a in arguments]
+    runs = [args.run_folder] if hasattr(args, "run_folder") else getattr(args, "runs", [])
+    if len(runs) != 1:
+        return Command(moved, name or args.command)
+    return Command(moved, name or f"{args.command}-{runs[0].name}", on_cluster(str(runs[0]), storage), here_for(str(runs[0])))
+
+
+def on_cluster(path: str, storage: str) -> str:
+    return path if path.startswith(("/", "~")) else f"{storage.rstrip('/')}/{PurePosixPath(path)}"
+
+
+def here_for(run_dir: str) -> str:
+    """A relative run folder comes back to the same place; another one into runs/."""
+    return run_dir if not run_dir.startswith(("/", "~")) else f"runs/{PurePosixPath(run_dir).name}"
+
+
+def submission(command: Command, python: str, package: Path) -> Submission:
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", command.label).strip("-") or "job"
+    words = [python, "-m", "modip_ray", *command.arguments]
+    return Submission(f"{label}-{secrets.token_hex(3)}", command.label, "exec " + " ".join(map(shell_word, words)), package, command.run_dir,
+                      command.local_dir, python)
+
+
+def shell_word(word: str) -> str:
+    """Quoted for the shell that runs a job's entrypoint; a ~ at the beginning of a path is the home there, not here."""
+    key, sep, value = word.partition("=")
+    if sep and value.startswith("~/"):
+        return f'{shlex.quote(key)}="$HOME"{shlex.quote(value[1:])}'
+    return f'"$HOME"{shlex.quote(word[1:])}' if word.startswith("~/") else shlex.quote(word)
+
+
+def check_name(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"--name: got {name!r}, expected letters, digits and . _ - only")
+    return name
