@@ -55,6 +55,11 @@ class BatchQueue:
             self.server = asyncio.create_task(self.serve())
         return await entry.future
 
+    def forget(self, client: Hashable) -> None:
+        """The client is gone: nobody waits for it."""
+        self.seen.pop(client, None)
+        self.arrived.set()
+
     async def serve(self) -> None:
         """Batch after batch, until nobody waits."""
         while self.waiting:

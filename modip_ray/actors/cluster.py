@@ -54,6 +54,7 @@ class Cluster:
     def __init__(self, cfg: Config):
         self.cfg, self.folder = cfg, None
         self.own = not ray.is_initialized()
+        self.private = self.own and cfg.resources.ray_address == "local"                       # one machine: nothing need listen beyond it
         if self.own:
             self.start()
         try:

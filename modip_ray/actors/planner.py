@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import ray
 
 from modip_ray.actors.batching import BatchQueue
+from modip_ray.actors.channel import Server
 from modip_ray.config import Config
 from modip_ray.learning.collector import Planned, Query
 from modip_ray.timing import Timer
@@ -35,19 +35,31 @@ def plan_server(cfg: Config, obs_dim: int, action_dim: int, gpus: float, replica
 
 @ray.remote(max_restarts=-1)
 class PlannerActor:
-    """Stateless but for weights and warm starts, so Ray may restart it: it pulls the weights again."""
+    """Stateless but for weights and warm starts, so Ray may restart it: it pulls the weights again. Queries come by actors/channel.py.
 
-    def __init__(self, cfg: Config, obs_dim: int, action_dim: int, store: str, replica: int = 0, make_server: MakeServer = plan_server):
+    line: (host to listen on, None: this node's address; key of the run)
+    """
+
+    def __init__(self, cfg: Config, obs_dim: int, action_dim: int, store: str, line: tuple[str | None, bytes], replica: int = 0,
+                 make_server: MakeServer = plan_server):
         self.cfg, self.store, self.timer = cfg, ray.get_actor(store), Timer()
         self.server = make_server(cfg, obs_dim, action_dim, cfg.resources.planner_gpus, replica, self.timer)
         p = cfg.planner
         self.queue = BatchQueue(self.server, p.max_rows, p.max_wait_ms / 1000, 1 / cfg.rollout.groups, self.server.start_thread)
+        self.host, self.line = line[0] or ray.util.get_node_ip_address(), Server(line[1], self.plan, lambda q: self.queue.forget((q.worker, q.incarnation)))
+        self.listening: asyncio.Task | None = None
         self.versions: dict[str, int] = {}
         self.pulling: asyncio.Task | None = None
         self.pulled_at = float("-inf")
 
-    async def plan(self, client: Hashable, incarnation: str, obs: np.ndarray, reset: np.ndarray) -> Planned:
-        """Chunks and plans for a client's environments, obs (n, Do), reset (n,)."""
+    async def address(self) -> tuple[str, int]:
+        """Where queries are answered."""
+        if self.listening is None:
+            self.listening = asyncio.create_task(self.line.start(self.host))
+        return await self.listening
+
+    async def plan(self, query: Query) -> Planned:
+        """Chunks and plans for a group of environments."""
         if self.pulling is not None and self.pulling.done():
             self.pulling.result()                                                   # a pull that failed is an error of the planner
         if time.monotonic() - self.pulled_at >= self.cfg.planner.weights_every_s and (self.pulling is None or self.pulling.done()):
@@ -56,7 +68,7 @@ class PlannerActor:
             self.pulling = asyncio.create_task(self.pull())
             if first:
                 await self.pulling                                                  # never plan with the weights of before the training
-        return await self.queue.submit((client, incarnation), Query(client, incarnation, obs, reset), len(obs))
+        return await self.queue.submit((query.worker, query.incarnation), query, len(query.obs))
 
     async def pull(self) -> None:
         newer, env_steps = await asyncio.wait_for(self.store.newer.remote(self.versions), self.cfg.resources.call_timeout_s)

@@ -53,8 +53,8 @@ class Slot:
 
 
 class RolloutPool:
-    def __init__(self, setup: Setup, planners: Sequence[str], replays: Sequence[str], taken: int):
-        self.setup, self.cfg, self.planners, self.replays = setup, setup.cfg, planners, replays
+    def __init__(self, setup: Setup, planners: Sequence[str], replays: Sequence[str], key: bytes, taken: int):
+        self.setup, self.cfg, self.planners, self.replays, self.key = setup, setup.cfg, planners, replays, key
         self.before = taken                                                         # steps stored before these workers existed
         self.totals: dict[str, int] = {}                                            # steps executed, by incarnation
         self.acknowledged: dict[str, int] = {}                                      # of them, stored for sure
@@ -79,7 +79,8 @@ class RolloutPool:
     def fill(self, slot: Slot) -> None:
         setup, i = self.setup, slot.number
         slot.actor = RolloutWorker.options(**options(self.cfg, "rollout")).remote(
-            self.cfg, setup.env_factory, setup.hook, i, self.planners[i % len(self.planners)], self.replays[i % len(self.replays)])
+            self.cfg, setup.env_factory, setup.hook, i, self.planners[i % len(self.planners)], self.replays[i % len(self.replays)],
+            self.key)
         slot.hello = slot.actor.hello.remote()
 
     def collect(self, budget: int, seconds: float) -> None:

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayActorError
 
+from modip_ray.actors.channel import Connection
 from modip_ray.config import Config
-from modip_ray.learning.collector import Collector, Planned, SegmentHook
+from modip_ray.learning.collector import Collector, Planned, Query, SegmentHook
+from modip_ray.runfolder import RunError
 from modip_ray.tasks.envs import EnvFactory
 from modip_ray.timing import Timer
 
 MAX_UNACKNOWLEDGED = 2
+ASK_AGAIN_S = 0.5
 
 
 class Hello(NamedTuple):
@@ -34,11 +37,12 @@ class RolloutReport(NamedTuple):
 
 
 class Group:
-    """Environments that are stepped together, and the plan that they are waiting for."""
+    """Environments that are stepped together, their line to the planner, and whether a plan is on its way."""
 
     def __init__(self, collector: Collector, client: tuple[int, int]):
         self.collector, self.client = collector, client
-        self.plan: ray.ObjectRef | None = None
+        self.line: Connection | None = None
+        self.asked = False
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -48,8 +52,9 @@ class RolloutWorker:
     While the planner plans for one group of environments, another is stepped (rollout.groups).
     """
 
-    def __init__(self, cfg: Config, env_factory: EnvFactory, hook: SegmentHook | None, slot: int, planner: str, replay: str):
+    def __init__(self, cfg: Config, env_factory: EnvFactory, hook: SegmentHook | None, slot: int, planner: str, replay: str, key: bytes):
         self.cfg, self.env_factory, self.hook, self.slot, self.names, self.timer = cfg, env_factory, hook, slot, (planner, replay), Timer()
+        self.key = key
         self.incarnation = uuid.uuid4().hex[:8]
         self.acks: deque[tuple[ray.ObjectRef, int]] = deque()
         self.total, self.stored, self.turn = 0, 0, 0
@@ -80,7 +85,7 @@ class RolloutWorker:
             if not self.acknowledged(MAX_UNACKNOWLEDGED - 1, deadline):
                 break
             for group in self.groups:
-                if group.plan is None:
+                if not group.asked:
                     self.ask(group)
             group, self.turn = self.groups[self.turn], (self.turn + 1) % len(self.groups)
             planned = self.answer(group)
@@ -121,22 +126,34 @@ class RolloutWorker:
         return len(self.acks) <= unanswered
 
     def ask(self, group: Group) -> None:
-        c = group.collector
-        group.plan = self.planner.plan.remote(group.client, self.incarnation, c.obs, c.reset)
+        """Send the group's query; where that fails, `answer` will notice."""
+        group.asked = True
+        try:
+            if group.line is None:
+                group.line = Connection(self.get(self.planner.address.remote()), self.key, self.cfg.resources.call_timeout_s)
+            group.line.send(Query(group.client, self.incarnation, group.collector.obs, group.collector.reset))
+        except (OSError, RayActorError):
+            self.hang_up(group)
 
     def answer(self, group: Group) -> Planned:
-        """The group's plan; while Ray restarts a planner that died, ask again."""
+        """The group's plan. A planner that died is restarted by Ray, at a new address: ask again; one that is silent for too long is an error."""
         deadline = time.monotonic() + self.cfg.resources.call_timeout_s
         with self.timer("wait/planner"):
-            while True:
+            while time.monotonic() < deadline:
                 try:
-                    planned, group.plan = self.get(group.plan), None
-                    return planned
-                except RayActorError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.5)
-                    self.ask(group)
+                    if group.line is not None:
+                        planned, group.asked = group.line.receive(len(group.collector.obs)), False
+                        return planned
+                except OSError:
+                    self.hang_up(group)
+                time.sleep(ASK_AGAIN_S)
+                self.ask(group)
+        raise RunError(f"the planner did not answer within {self.cfg.resources.call_timeout_s:g} s (resources.call_timeout_s)")
+
+    def hang_up(self, group: Group) -> None:
+        if group.line is not None:
+            group.line.close()
+            group.line = None
 
     def report(self) -> RolloutReport:
         returns, self.returns = self.returns, []

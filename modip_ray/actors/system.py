@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -57,9 +58,10 @@ class RaySystem:
         self.learners = {s: learner.remote(cfg, spec, s, self.replay_names, self.store_name, checkpoint) for s in STREAMS}
         self.call([started], "the weight store")
         self.counts: dict[Stream, int] = dict(zip(STREAMS, self.call([self.learners[s].settle.remote() for s in STREAMS], "the learners' start"), strict=True))
-        make_server = [self.setup.plan_server] if self.setup.plan_server is not None else []
-        self.planners = [PlannerActor.options(name=name, **options(cfg, "planner")).remote(cfg, spec.obs_dim, spec.action_dim, self.store_name, i, *make_server)
-                         for i, name in enumerate(self.planner_names)]              # they start while the learners pre-train
+        self.key = secrets.token_bytes(32)
+        line, make_server = ("127.0.0.1" if self.cluster.private else None, self.key), [self.setup.plan_server] if self.setup.plan_server is not None else []
+        planner = [PlannerActor.options(name=name, **options(cfg, "planner")) for name in self.planner_names]
+        self.planners = [p.remote(cfg, spec.obs_dim, spec.action_dim, self.store_name, line, i, *make_server) for i, p in enumerate(planner)]
         self.evaluators = Evaluators(cfg, spec, self.setup.env_factory, self.store_name, self.replay_names[0], self.call)
         self.env_steps = self.replay_status()["env_steps"]
         self.pool: RolloutPool | None = None
@@ -99,7 +101,7 @@ class RaySystem:
         if self.env_steps >= target:
             return
         if self.pool is None:
-            self.pool = RolloutPool(self.setup, self.planner_names, self.replay_names, self.env_steps)
+            self.pool = RolloutPool(self.setup, self.planner_names, self.replay_names, self.key, self.env_steps)
         pool = self.pool
         pool.gather()
         pool.collect(target - pool.taken, SLICE_S)
