@@ -231,6 +231,26 @@ def e2e(s: Setting) -> list[Row]:
             compared("e2e.steps_per_s", 1e3 / ray, "1/s", 1e3 / serial, "one process")]
 
 
+@bench("scale")
+def scale(s: Setting) -> list[Row]:
+    """Real actors with a fake accelerator (10 ms + 0.05 ms a row) and fake environments (5 ms a step) against the smaller of both limits; and the model."""
+    from modip_ray import bench_scale
+    rows = []
+    for workers in bench_scale.MEASURED:
+        fleet = bench_scale.Fleet(workers, bench_scale.ENVS // workers)
+        rate, batch, answer_ms = bench_scale.measure(s.cfg, fleet, 6 * s.seconds)
+        name, model = f"scale.workers_{workers}", bench_scale.predict(fleet)
+        in_turns = min(fleet.env_limit, fleet.loop_limit)
+        rows += [compared(f"{name}.steps_per_s", rate, "1/s", fleet.ideal, f"ideal: workers {fleet.env_limit:.0f}, planner {fleet.planner_limit:.0f}"),
+                 compared(f"{name}.steps_per_s_in_turns", rate, "1/s", in_turns, "ideal, half of the environments planned while the others step"),
+                 compared(f"{name}.steps_per_s_vs_model", rate, "1/s", model.steps_per_s, "scale_model.py"),
+                 compared(f"{name}.rows_per_batch", batch, "rows", model.rows_per_batch, "scale_model.py"),
+                 compared(f"{name}.answer_ms", answer_ms, "ms", 1e3 * model.answer_s, "scale_model.py")]
+    found = bench_scale.predictions()
+    print(bench_scale.prediction_table(found, s.cfg.online.updates_per_step) + "\n", flush=True)
+    return rows + [compared(f"scale.model.workers_{fleet.workers}.planners_{fleet.planners}", p.steps_per_s, "1/s", fleet.ideal,
+                            f"ideal; {p.rows_per_batch:.0f} rows a batch, {1e3 * p.answer_s:.1f} ms to an answer, {p.saturated} limits") for fleet, p in found]
+
 
 def table(rows: Sequence[Row]) -> str:
     """Aligned columns: name, value, unit, reference, ratio, what the reference is."""
