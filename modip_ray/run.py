@@ -46,6 +46,9 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
                 data = offline_phase(session, factory)
             with session.timed("start"):
                 session.system = system = build_system(cfg, data, factory, segment_hook, folder)
+            if cfg.log.ray_metrics and not cfg.serial:
+                from modip_ray.actors.metrics import RaySink
+                session.log.add(lambda: RaySink(folder.path.name, cfg.task.name))
             stop.install()
             pretrain(session, system)
             online(session, system)
@@ -96,7 +99,7 @@ def pretrain(session: Session, system: System) -> None:
     cfg, total = session.cfg, session.cfg.pretrain.updates + session.cfg.pretrain.policy_updates
     if session.phase not in ("data", "pretrain"):
         return
-    session.phase = "pretrain"
+    session.begin("pretrain")
     with session.timed("pretrain"):
         session.progress.start("pretrain", total, "updates", session.status.updates + session.status.policy_updates)
         while not session.status.done:
@@ -138,7 +141,7 @@ def evaluate(session: Session, system: System, data: Dataset) -> dict:
 
         def progress(outcome: Outcome) -> None:
             finished.append(len(outcome.returns))
-            session.progress.update(sum(finished))
+            session.evaluated(sum(finished))
             session.stop.check()
         session.stop.check()
         report = system.evaluate(jobs, progress)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from modip_ray.config import Config
@@ -66,6 +68,11 @@ def scores_of(cfg: Config, outcomes: Sequence[Outcome]) -> dict[str, dict]:
     return {mode: score(cfg, measures, seeds) for mode, (measures, seeds) in found.items() if seeds}
 
 
+def rss_mb() -> float:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
 class Session:
     def __init__(self, cfg: Config, folder: RunFolder, stop: StopSignals):
         self.cfg, self.folder, self.stop = cfg, folder, stop
@@ -76,8 +83,8 @@ class Session:
         self.status = Status(saved.get("env_steps", 0), saved.get("updates", 0), saved.get("policy_updates", 0), False)
         earlier = (folder.path / "metrics.jsonl").exists()
         resumed_at = {"phase": self.phase, "env_steps": self.status.env_steps, "updates": self.status.updates} if earlier else None
-        self.log = MetricsLog(folder.path, cfg.log.tensorboard, cfg.log.wandb, cfg.log.wandb_project, cfg.to_dict(), resumed_at)
         self.progress = Progress()
+        self.log = MetricsLog(folder.path, cfg.log.tensorboard, cfg.log.wandb, cfg.log.wandb_project, cfg.to_dict(), resumed_at, self.progress.say)
         self.system: System | None = None
         self.data_score: dict = {}
         self.pending: list[Status] = []
@@ -111,11 +118,13 @@ class Session:
         self.status = status
         for incident in status.incidents:
             self.progress.say(incident)
+            self.log.write({"kind": "incident", "text": incident})
         self.pending.append(status)
         self.progress.update(done, **extras)
         now = time.monotonic()
         if now - self.logged_at >= self.cfg.log.every_s or status.done:
             self.write_train_row()
+            self.write_system_row(self.system.gauges() if self.system is not None else {})
         if self.stop.asked or now - self.saved_at >= self.cfg.log.checkpoint_every_s:
             self.save()
         self.stop.check()
@@ -129,13 +138,27 @@ class Session:
                 metrics.setdefault(key, []).append(value)
             if status.returns:
                 metrics.setdefault("rollout/return", []).append(sum(status.returns) / len(status.returns))
-        self.pending, self.logged_at = [], time.monotonic()
-        s = self.status
-        row = {"kind": "train", "phase": self.phase, "env_steps": s.env_steps, "updates": s.updates, "policy_updates": s.policy_updates}
-        self.log.write(row | {k: sum(v) / len(v) for k, v in metrics.items()})
+        self.pending = []
+        self.log.write({"kind": "train", **self.position()} | {k: sum(v) / len(v) for k, v in metrics.items()})
         self.distilled = next((sum(v) / len(v) for k, v in metrics.items() if k == "distill/share"), self.distilled)
 
     distilled: float | None = None
+
+    def position(self) -> dict[str, Any]:
+        s = self.status
+        return {"phase": self.phase, "env_steps": s.env_steps, "updates": s.updates, "policy_updates": s.policy_updates}
+
+    def write_system_row(self, gauges: Mapping[str, float]) -> None:
+        """Numbers of now: the system's gauges, the driver's memory, and what has gone wrong in the whole run."""
+        self.logged_at, written = time.monotonic(), self.log.written
+        facts = {"driver/rss_mb": rss_mb(), "run/incidents": written["incident"], "run/resumes": written["resume"]}
+        self.log.write({"kind": "system", **self.position(), **gauges, **facts})
+
+    def evaluated(self, episodes: int) -> None:
+        """So many episodes of the final evaluation are done; the training roles are gone, so the row has no gauges of theirs."""
+        self.progress.update(episodes)
+        if time.monotonic() - self.logged_at >= self.cfg.log.every_s:
+            self.write_system_row({"eval/episodes": episodes})
 
     def record(self, reports: Sequence[Report]) -> None:
         """Rows of finished evaluations: scores, diagnostics, timings."""
@@ -170,8 +193,12 @@ class Session:
 
     def enter(self, phase: str) -> None:
         """The run goes over to a phase: what comes next, and a checkpoint that says so."""
-        self.phase = phase
+        self.begin(phase)
         self.save()
+
+    def begin(self, phase: str) -> None:
+        self.phase = phase
+        self.log.write({"kind": "phase", **self.position()})
 
     def close(self) -> None:
         self.log.close()

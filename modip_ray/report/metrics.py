@@ -1,7 +1,9 @@
 """metrics.jsonl: one JSON object a line, appended and flushed row by row, and the sinks that follow it.
 
-Kinds of row: train, eval, data, diagnostics, timing, and resume, which this file writes itself: {"kind": "resume", "phase", "env_steps", "updates"}
-says that a killed run went on from a checkpoint there, so rows before it with larger counters were lost and measured anew (`live_rows` drops them).
+Kinds of row: data, phase (one begins), train (means since the last row), system (numbers of now, names.py has them all), eval, diagnostics, timing,
+incident (what happened, in words), and resume, which this file writes itself: {"kind": "resume", "phase", "env_steps", "updates"} says that a killed
+run went on from a checkpoint there, so rows before it with larger counters were lost and measured anew (`live_rows` drops them). Rows without
+counters (timing, incident) stay: that time was spent and those incidents did happen.
 """
 
 from __future__ import annotations
@@ -10,25 +12,32 @@ import json
 import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modip_ray.report.sinks import WANDB_MODES, TensorBoardSink, WandbSink
+from modip_ray.report.sinks import WANDB_MODES, Sink, SinkError, TensorBoardSink, WandbSink
 
 FILE_NAME = "metrics.jsonl"
 
 _log = logging.getLogger(__name__)
 
 
+def on_stderr(text: str) -> None:
+    print(f"modip: {text}", file=sys.stderr, flush=True)
+
+
 class MetricsLog:
-    """Appends rows to `run_dir`/metrics.jsonl and forwards their numbers to TensorBoard and wandb.
+    """Appends rows to `run_dir`/metrics.jsonl and forwards them to the sinks: TensorBoard, wandb, and what `add` brings.
 
     run_dir: folder of the run, made if absent; TensorBoard's files go to `run_dir`/tensorboard.
     wandb_mode: 'disabled', 'offline' (no network) or 'online'; config: dict shown by wandb.
     resumed_at: {"phase", "env_steps", "updates"} of the checkpoint that the run goes on from, None for a fresh start.
-    Raises ValueError for an unknown wandb_mode or a row without 'kind', RuntimeError where tensorboard or wandb is asked for and missing.
+    say: gets one line about a sink that cannot be used (its package is missing, say), which is then left out; training does not stop for it.
+    written: rows by kind, in the whole file. Raises ValueError for an unknown wandb_mode or a row without 'kind'.
     """
 
     def __init__(
@@ -39,6 +48,7 @@ class MetricsLog:
         project: str = "modip-ray",
         config: Mapping | None = None,
         resumed_at: Mapping | None = None,
+        say: Callable[[str], None] = on_stderr,
     ):
         if wandb_mode not in WANDB_MODES:
             raise ValueError(f"wandb_mode: got {wandb_mode!r}, expected one of {', '.join(WANDB_MODES)}")
@@ -48,13 +58,15 @@ class MetricsLog:
         _cut_torn_line(path)
         earlier = read_metrics(self.run_dir) if path.exists() else []
         self._wall_before = max((float(row["wall_s"]) for row in earlier if row.get("wall_s") is not None), default=0.0)
+        self.written = Counter(str(row.get("kind")) for row in earlier)
         self._opened = time.monotonic()
         self._file = path.open("a", encoding="utf-8")
-        self._sinks: list = []
+        self._say = say
+        self._sinks: list[Sink] = []
         if tensorboard:
-            self._sinks.append(TensorBoardSink(self.run_dir / "tensorboard", resumed_at))
+            self.add(lambda: TensorBoardSink(self.run_dir / "tensorboard", resumed_at))
         if wandb_mode != "disabled":
-            self._sinks.append(WandbSink(self.run_dir, wandb_mode, project, config))
+            self.add(lambda: WandbSink(self.run_dir, wandb_mode, project, config, say))
         if resumed_at is not None:
             self.write({"kind": "resume", **resumed_at})
 
@@ -63,28 +75,41 @@ class MetricsLog:
         """Seconds this run has been worked on, earlier processes of the same folder included."""
         return self._wall_before + time.monotonic() - self._opened
 
+    def add(self, make: Callable[[], Sink]) -> None:
+        """One more sink for the rows to come, if it can be made."""
+        try:
+            self._sinks.append(make())
+        except SinkError as error:
+            self._say(str(error))
+
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; `wall_s` is filled in where absent; numpy values become lists and numbers, NaN and infinities null."""
         if not isinstance(row.get("kind"), str):
-            raise ValueError(f"metrics row: got no 'kind' among the keys {sorted(row)}, expected kind=train|eval|data|diagnostics|timing")
+            raise ValueError(f"metrics row: got no 'kind' among the keys {sorted(row)}, expected one, e.g. kind=train")
         plain = {key: to_plain(value, key) for key, value in row.items()}
         plain.setdefault("wall_s", round(self.wall_s, 3))
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
-        for sink in self._sinks:
-            sink.write(plain)
+        self.written[plain["kind"]] += 1
+        self._each(lambda sink: sink.write(plain))
 
     def flush(self) -> None:
         """Push TensorBoard's buffered events to disk (metrics.jsonl is flushed at every row)."""
-        for sink in self._sinks:
-            sink.flush()
+        self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
         """Close the file and the sinks; safe to call twice."""
-        for sink in self._sinks:
-            sink.close()
+        self._each(lambda sink: sink.close())
         self._sinks = []
         self._file.close()
+
+    def _each(self, do: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                do(sink)
+            except SinkError as error:
+                self._sinks.remove(sink)
+                self._say(str(error))
 
     def __enter__(self) -> MetricsLog:
         return self

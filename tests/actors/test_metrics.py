@@ -89,9 +89,8 @@ def test_the_endpoint_shows_every_number_of_the_run(watched):
     assert not missing and len(expected) > 40, sorted(map(str, missing))
     assert {dict(labels)["mode"] for name, labels in scraper.seen if name == "modip_score_mean"} >= {"policy", "mpc"}
     ours = frozenset({("run", "watched"), ("task", "point")})
-    assert 0 < scraper.seen["modip_env_steps_total", ours] <= rows[-1].get("env_steps", 1e9) + 1600
-    known = {sample.value for row in rows for sample in samples(row) if sample.metric == "modip_rollout_workers"}
-    assert scraper.seen["modip_rollout_workers", ours] in known
+    for shown, metric in (("modip_env_steps_total", "modip_env_steps"), ("modip_rollout_workers", "modip_rollout_workers")):
+        assert scraper.seen[shown, ours] in {s.value for row in rows for s in samples(row) if s.metric == metric and s.value > 0}
 
 
 @pytest.mark.ray
@@ -175,6 +174,7 @@ def test_gauges_are_set_again_at_every_row_and_counters_get_what_is_new():
     assert sink.metrics["modip_rollout_workers"].calls == [2, 2, 1]
 
 
+@pytest.mark.ray
 def test_without_a_metrics_agent_nothing_happens_and_nothing_is_said():
     code = """
 import ray

@@ -1,0 +1,65 @@
+"""Every number that rows of metrics.jsonl carry, by kind of row: its unit and meaning. Ray's metrics, `modip status` and docs/observe.md read it here.
+
+A number without an entry is recorded and exported all the same, under its own name; tests/actors/test_metrics.py says which entry is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    unit: str
+    meaning: str
+
+
+COUNTERS = {
+    "env_steps": Measure("steps", "environment steps stored in replay"),
+    "updates": Measure("updates", "of world model and critic"),
+    "policy_updates": Measure("updates", "of the diffusion policy"),
+}
+TRAIN = {
+    "loss/consistency": Measure("", "latent prediction against the encoded next observation"),
+    "loss/reward": Measure("", "predicted reward"),
+    "loss/termination": Measure("", "predicted end of the episode"),
+    "loss/value": Measure("", "critic"),
+    "loss/policy": Measure("", "denoising loss of the diffusion policy"),
+    "model/grad_norm": Measure("", "gradient of world model and critic, before clipping"),
+    "value/target_mean": Measure("reward", "the critic's targets, mean of a batch"),
+    "value/target_std": Measure("reward", "the critic's targets, deviation in a batch"),
+    "distill/share": Measure("share", "of the policy's batches that the distillation rule lets it imitate"),
+    "rollout/return": Measure("reward", "finished training episodes, exploration included"),
+}
+SYSTEM = {
+    "rollout/workers": Measure("", "rollout workers at work"),
+    "rollout/nodes": Measure("", "machines that they are on"),
+    "rollout/waiting": Measure("", "workers wanted and not there: no room in the cluster yet, or starting"),
+    "rollout/joined": Measure("", "workers that came, since this process began"),
+    "rollout/lost": Measure("", "workers that died, hung or left with their node, since this process began"),
+    "rollout/acknowledged": Measure("steps", "collected by this process's workers and stored for sure"),
+    "replay/ahead": Measure("steps", "environment steps that the slower learner has not made its updates for"),
+    "replay/transitions": Measure("", "online transitions in replay"),
+    "replay/segments": Measure("", "segments that came into replay"),
+    "planner/rows_per_batch": Measure("rows", "observations planned for at once"),
+    "planner/answer_ms": Measure("ms", "from a worker's request to its plan, waiting for the batch included"),
+    "planner/queued": Measure("requests", "waiting at the planners now"),
+    "planner/updates_behind": Measure("updates", "that the planner's world model lacks, the oldest planner's"),
+    "planner/seconds_behind": Measure("s", "since the weights that the planner lacks were published"),
+    "driver/rss_mb": Measure("MB", "memory of the driver process"),
+    "run/incidents": Measure("", "workers lost, planners restarted and the like, in the whole run"),
+    "run/resumes": Measure("", "times that the run went on from a checkpoint"),
+    "eval/episodes": Measure("episodes", "of the final evaluation that are done"),
+}
+DIAGNOSTICS = {
+    "value_corr": Measure("", "correlation of predicted value and realised return"),
+    "plan_gain_mean": Measure("reward", "the planner's predicted gain over the policy's own proposal"),
+    "plan_share_accepted": Measure("share", "plans that were acted on: their gain is above guard.min_gain"),
+    "plan_share_distilled": Measure("share", "distill/share at that time"),
+}
+SCORE = {
+    "mean": Measure("score", "evaluation: mean over its episodes, of the task's own measure"),
+    "ci95_low": Measure("score", "lower end of the mean's 95 % interval"),
+    "ci95_high": Measure("score", "upper end"),
+    "normalized": Measure("score", "the mean as D4RL normalises it, where it does"),
+}
