@@ -61,7 +61,7 @@ class RaySink:
     """Sets gauges and adds to counters, row by row.
 
     Ray forgets a gauge that is not set again within two of its report intervals (20 s), so every row sets all that are known again: about 2 us each.
-    Where Ray runs without its metrics agent (ray without [default]), or with its metrics off, the numbers go nowhere and nothing is said.
+    Where Ray runs without metrics (enable_metrics_collection=false) or does not run at all, the numbers go nowhere and nothing is said.
     """
 
     def __init__(self, run: str, task: str):
@@ -98,3 +98,33 @@ class RaySink:
 
     def close(self) -> None:
         """The gauges end when Ray forgets them; counters stay with the node."""
+
+
+# ---- documentation ---------------------------------------------------------------------------------------------------------------------------
+
+TABLES = (
+    ("`train` and `system` rows, counted", "", COUNTERS, lambda key: Sample(key, 0.0, cumulative=True)),
+    ("`train` rows: means since the row before", "", TRAIN, lambda key: next(samples({"kind": "train", key: 0.0}))),
+    ("`system` rows: numbers of now", "system/", SYSTEM, lambda key: Sample(key, 0.0)),
+    ("`eval` rows", "eval/MODE/", SCORE, lambda key: Sample(f"score/{key}", 0.0, {"mode": "MODE"})),
+    ("`diagnostics` rows: how good world model and planner are", "diagnostics/", DIAGNOSTICS, lambda key: Sample(f"diagnostics/{key}", 0.0)),
+)
+AXES = {"env_steps": "axis of online rows", "updates": "axis of pretrain rows"}
+
+
+def markdown() -> str:
+    """The tables of docs/observe.md: python -m modip_ray.actors.metrics"""
+    lines = []
+    for title, prefix, measures, sample in TABLES:
+        lines += [f"**{title}**", "", "| in metrics.jsonl | TensorBoard, wandb | Ray, Prometheus | unit | |", "|---|---|---|---|---|"]
+        for key, about in measures.items():
+            s = sample(key)
+            labels = "{" + ", ".join(f'{k}="{v}"' for k, v in s.labels.items()) + "}" if s.labels else ""
+            tag = f"`{prefix}{key}`" if measures is not COUNTERS else AXES.get(key, "")
+            lines.append(f"| `{key}` | {tag} | `ray_{s.metric}{'_total' if s.cumulative else ''}{labels}` | {about.unit} | {about.meaning} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -41,6 +41,7 @@ SYSTEM = {
     "replay/ahead": Measure("steps", "environment steps that the slower learner has not made its updates for"),
     "replay/transitions": Measure("", "online transitions in replay"),
     "replay/segments": Measure("", "segments that came into replay"),
+    "replay/stored": Measure("steps", "environment steps in segments that came into replay"),
     "planner/rows_per_batch": Measure("rows", "observations planned for at once"),
     "planner/answer_ms": Measure("ms", "from a worker's request to its plan, waiting for the batch included"),
     "planner/queued": Measure("requests", "waiting at the planners now"),

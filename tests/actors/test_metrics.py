@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modip_ray.actors.metrics import MEANINGS, RaySink, Sample, samples
+from modip_ray.actors.metrics import MEANINGS, RaySink, Sample, markdown, samples
 from modip_ray.report.metrics import read_metrics
 from modip_ray.run import train
 from tests.fakes import PointEnv, small, write_data
@@ -134,6 +134,11 @@ def test_the_dashboard_is_what_grafana_loads():
             assert set(re.findall(r"\$(\w+)", t["expr"])) <= variables and 'run=~"$run"' in t["expr"]
 
 
+def test_the_tables_of_the_docs_are_those_of_the_code():
+    text = (ROOT / "docs/observe.md").read_text()
+    assert text.partition("<!-- names:begin -->\n")[2].partition("<!-- names:end -->")[0] == markdown(), "python -m modip_ray.actors.metrics"
+
+
 def test_samples_of_each_kind_of_row():
     def of(**row):
         return {(s.metric, *s.labels.values()): (s.value, s.cumulative) for s in samples(row)}
@@ -175,7 +180,7 @@ def test_gauges_are_set_again_at_every_row_and_counters_get_what_is_new():
 
 
 @pytest.mark.ray
-def test_without_a_metrics_agent_nothing_happens_and_nothing_is_said():
+def test_without_metrics_or_without_ray_nothing_happens_and_nothing_is_said():
     code = """
 import ray
 from modip_ray.actors.metrics import RaySink
