@@ -22,7 +22,7 @@ from modip_ray.runfolder import RunError
 from modip_ray.timing import Timer, merge_snapshots
 
 IN_FLIGHT = 2                       # calls to a worker: the next slice begins when the last one ends
-BARREN = 10                         # workers that may die one after the other without any report between
+HOPELESS = 8                        # deaths of one slot's workers in a row, each without any report, that end the run where no other worker is there
 BACK_OFF_S = 30.0                   # longest pause before a slot whose workers die at once is filled again
 GONE = "gone"                       # times of all workers that were lost
 ALONE_S = 60.0                      # without any worker for so long: say so
@@ -61,7 +61,7 @@ class RolloutPool:
         self.snapshots: dict[str, Snapshot] = {}
         self.returns: list[float] = []
         self.incidents: list[str] = []
-        self.joined, self.lost_workers, self.barren = 0, 0, 0                       # counts of events
+        self.joined, self.lost = 0, 0                                               # counts of events
         self.alone_since = time.monotonic()
         self.slots = [Slot(i) for i in range(self.cfg.rollout.most)]
         for slot in self.slots:
@@ -137,23 +137,21 @@ class RolloutPool:
         self.totals[report.incarnation], self.acknowledged[report.incarnation] = report.total, report.stored
         self.snapshots[report.incarnation] = report.timing
         self.returns += report.returns
-        slot.deaths = self.barren = 0
+        slot.deaths = 0
 
     def drop(self, slot: Slot, why: str) -> None:
         """Forget a worker (what it sent and the replay has is safe) and ask for another one, later each time that none comes to work."""
-        was = "" if slot.member is not None else " before it was ready"
+        ready = slot.member is not None
         ray.kill(slot.actor)
-        if slot.member is not None and slot.member.incarnation in self.snapshots:
+        if ready and slot.member.incarnation in self.snapshots:
             self.snapshots[GONE] = merge_snapshots([self.snapshots.get(GONE, Timer().snapshot()), self.snapshots.pop(slot.member.incarnation)])
         slot.actor = slot.hello = slot.member = None
-        slot.calls = {}
-        slot.deaths, self.barren, self.lost_workers = slot.deaths + 1, self.barren + 1, self.lost_workers + 1
-        pause = min(BACK_OFF_S, 2.0 ** (slot.deaths - 2)) if slot.deaths > 1 else 0.0
-        slot.fill_at = time.monotonic() + pause
-        self.incidents.append(f"{slot.name} {why}{was}; a new one is asked for, {len(self.members)} there")
-        if self.barren >= BARREN:
-            raise RunError(f"{self.barren} rollout workers died one after the other without a step between them; the last one, {slot.name}: {why}. "
-                           "Look at the memory of their nodes and at the environment; the same command resumes from the last checkpoint")
+        slot.calls, slot.deaths, self.lost = {}, slot.deaths + 1, self.lost + ready
+        slot.fill_at = time.monotonic() + (min(BACK_OFF_S, 2.0 ** (slot.deaths - 2)) if slot.deaths > 1 else 0.0)
+        self.incidents.append(f"{slot.name} {why}{'' if ready else ' before it was ready'}; a new one is asked for, {len(self.members)} there")
+        if slot.deaths >= HOPELESS and not self.members:
+            raise RunError(f"{slot.name} {why}: {slot.deaths} times in a row, without a step between, and no other worker is there. "
+                           "Look at the memory of its node and at the environment; the same command resumes from the last checkpoint")
 
     def idle(self) -> bool:
         return not any(slot.calls for slot in self.slots)
@@ -175,7 +173,7 @@ class RolloutPool:
 
     def gauges(self) -> dict[str, float]:
         return {"rollout/workers": float(len(self.members)), "rollout/nodes": float(len({slot.member.node for slot in self.members})),
-                "rollout/waiting": float(len(self.slots) - len(self.members)), "rollout/joined": float(self.joined), "rollout/lost": float(self.lost_workers),
+                "rollout/waiting": float(len(self.slots) - len(self.members)), "rollout/joined": float(self.joined), "rollout/lost": float(self.lost),
                 "rollout/acknowledged": float(sum(self.acknowledged.values()))}
 
     def close(self) -> None:

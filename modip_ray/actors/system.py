@@ -195,7 +195,7 @@ class RaySystem:
     def gauges(self) -> dict[str, float]:
         """Workers, batches of the planners since the last call, age of their weights, how full the replay is. A planner that is restarting is left out."""
         replay = self.replay_status()
-        found = {f"replay/{k}": float(replay[k]) for k in ("ahead", "transitions", "segments")}
+        found = {f"replay/{k}": float(replay[k]) for k in ("ahead", "transitions", "segments")} | {"replay/stored": float(replay["env_steps"])}
         if self.pool is not None:
             found |= self.pool.gauges()
         planners = self.planner_statuses()

@@ -1,0 +1,140 @@
+"""One run on a small cluster of several nodes: workers come and go with nodes, two planners, two replay shards, roles where their resources are."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from modip_ray.config import ConfigError
+from modip_ray.learning.build import build_spec
+from modip_ray.learning.checkpoint import begin, commit
+from modip_ray.learning.system import Setup
+from modip_ray.tasks.collect import collect
+from tests.fakes import STEPS, Noisy, PointEnv, small
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.ray
+TRAINER = {"trainer": 0.01}
+PLACEMENT = {"rollout": {"rollout": 1}, **{role: TRAINER for role in ("planner", "learner", "replay", "store", "evaluator")}}
+
+
+class SlowPoint(PointEnv):
+    def step(self, action):
+        time.sleep(0.005)
+        return super().step(action)
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    from ray.cluster_utils import Cluster
+
+    from modip_ray.actors.cluster import environment
+    with environment({"OMP_NUM_THREADS": "1"}):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": {"trainer": 1}, "include_dashboard": False})
+        cluster.add_node(num_cpus=1, resources={"rollout": 1})
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def setup(**dotted) -> Setup:
+    cfg = small(**{"pretrain__updates": 21, "pretrain__policy_updates": 21, "rollout__num_workers": {"min": 1, "max": 3}, "rollout__envs_per_worker": 2,
+                   "rollout__groups": 2, "planner__replicas": 2, "replay__shards": 2, "replay__samples_per_insert_slack": 1000.0,
+                   "resources__placement": PLACEMENT, **dotted})
+    episodes = collect(Noisy(), PointEnv, 600, STEPS, seed=0, num_envs=4)
+    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, SlowPoint)
+
+
+def advance_until(system, ready, phase="online", patience_s=90.0):
+    """The incidents on the way, and the last status."""
+    deadline, incidents = time.monotonic() + patience_s, []
+    while True:
+        status = system.advance(phase, 0.3, until=10**9)
+        incidents += status.incidents
+        if ready(status):
+            return status, incidents
+        assert time.monotonic() < deadline, (status, incidents, system.gauges())
+
+
+@pytest.fixture(scope="module")
+def run(nodes, tmp_path_factory):
+    from modip_ray.actors.system import RaySystem
+    s = setup(online__env_steps=3000)
+    system, facts = RaySystem(s), {}
+    facts["pretrained"], _ = advance_until(system, lambda status: status.done, "pretrain")
+    system.freeze_bc()
+    advance_until(system, lambda _: system.pool is not None and len(system.pool.members) == 1)
+    more = nodes.add_node(num_cpus=2, resources={"rollout": 2})
+    _, facts["joining"] = advance_until(system, lambda _: len(system.pool.members) == 3)
+    at = system.env_steps
+    advance_until(system, lambda _: system.env_steps > at + 300)
+    facts["three"] = system.gauges()
+    nodes.remove_node(more, allow_graceful=False)
+    _, facts["leaving"] = advance_until(system, lambda _: len(system.pool.members) == 1)
+    facts["online"], _ = advance_until(system, lambda status: status.done)
+    facts["gauges"], facts["replay"] = system.gauges(), system.replay_status()
+    facts["shards"] = [ray.get(replay.status.remote()) for replay in system.replays]
+    facts["planners"] = system.planner_statuses()
+    folder = begin(tmp_path_factory.mktemp("run") / "checkpoints", facts["online"].env_steps, facts["online"].updates)
+    system.save(folder)
+    facts["checkpoint"] = commit(folder, {"env_steps": facts["online"].env_steps}, 1)
+    facts["weights"] = {stream: ray.get(learner.weights.remote()) for stream, learner in system.learners.items()}
+    for actor in (*system.replays, *system.planners, *system.learners.values(), system.store, *system.evaluators.actors):
+        ray.kill(actor)
+    system.pool.close()
+    return facts
+
+
+def test_workers_follow_the_nodes(run):
+    assert sum("joined" in line for line in run["joining"]) == 2
+    assert sum("died" in line or "did not answer" in line for line in run["leaving"]) == 2
+    assert run["three"]["rollout/workers"] == 3 and run["three"]["rollout/nodes"] == 2
+    assert run["gauges"]["rollout/workers"] == 1 and run["gauges"]["rollout/lost"] == 2 and run["gauges"]["rollout/waiting"] == 2
+
+
+def test_what_was_acknowledged_is_stored_once(run):
+    assert 3000 <= run["replay"]["env_steps"] < 3100
+    assert run["gauges"]["rollout/acknowledged"] <= run["replay"]["env_steps"]
+    assert run["replay"]["segments"] == sum(s["segments"] for s in run["shards"]) > 0
+
+
+def test_both_shards_and_both_planners_had_their_part(run):
+    assert all(s["env_steps"] > 300 for s in run["shards"])
+    assert sum(p["totals"][1] for p in run["planners"]) >= 3000 and all(p["totals"][1] > 300 for p in run["planners"])
+
+
+def test_updates_are_exactly_what_the_shards_allowed(run):
+    """An odd number of offline updates over two shards, then the rate of what each shard stored."""
+    assert run["pretrained"].updates == run["pretrained"].policy_updates == 21
+    assert run["online"].updates == run["replay"]["allowed"]["model"] == 21 + sum(int(0.25 * s["env_steps"]) for s in run["shards"])
+
+
+def test_a_sharded_run_resumes_where_it_was(run, nodes):
+    from modip_ray.actors.system import RaySystem
+    from modip_ray.learning.checkpoint import newest
+    s = setup(online__env_steps=3200)
+    system = RaySystem(dataclasses.replace(s, checkpoint=newest(run["checkpoint"].parent)))
+    for stream, learner in system.learners.items():
+        assert np.array_equal(ray.get(learner.weights.remote()), run["weights"][stream])
+    assert system.env_steps == run["replay"]["env_steps"] and system.counts["model"] == run["online"].updates
+    status, _ = advance_until(system, lambda status: status.done)
+    assert status.env_steps >= 3200 and status.updates == system.replay_status()["allowed"]["model"] > run["online"].updates
+    system.pool.close()
+    for actor in (*system.replays, *system.planners, *system.learners.values(), system.store, *system.evaluators.actors):
+        ray.kill(actor)
+
+
+@pytest.mark.parametrize("dotted, words", [
+    ({"resources__placement": {"planner": {"tpu": 1}}}, ["tpu: 2 asked for", "resources.placement.planner.tpu=1 x 2", "Ray has 0"]),
+    ({"resources__planner_gpus": 1.0}, ["GPU: 2 asked for", "resources.planner_gpus=1 x 2"]),
+    ({"rollout__num_workers": 9}, ["rollout: 9 asked for", "resources.placement.rollout.rollout=1 x 9"]),
+    ({"resources__placement": {"planner": {"trainer": 0.01, "rollout": 0.1}}}, ["planner: no node has"]),
+])
+def test_what_the_cluster_lacks_is_named_with_its_setting(nodes, dotted, words):
+    from modip_ray.actors.system import RaySystem
+    with pytest.raises(ConfigError) as error:
+        RaySystem(setup(**dotted))
+    for word in words:
+        assert word in str(error.value)
