@@ -122,11 +122,12 @@ def test_tensorboard_has_one_axis_a_phase_and_hides_lost_steps(tmp_path):
         for steps in (10, 20, 30):
             log.write({"kind": "train", "phase": "online", "env_steps": steps, "updates": 600, "loss/value": 1.0})
         log.write({"kind": "eval", "mode": "mpc", "env_steps": 10, "updates": 600, "mean": 8.0, "ci95": [7.0, 9.0]})
+        log.write({"kind": "system", "phase": "online", "env_steps": 10, "updates": 600, "rollout/workers": 3.0})
     with MetricsLog(tmp_path, resumed_at={"phase": "online", "env_steps": 20, "updates": 600}) as log:
         log.write({"kind": "train", "phase": "online", "env_steps": 30, "updates": 600, "loss/value": 2.0})
     assert points("pretrain", "loss/value") == [(500, 4.0)]
     assert points("online", "loss/value") == [(10, 1.0), (20, 1.0), (30, 2.0)]
-    assert points("online", "eval/mpc/mean") == [(10, 8.0)]
+    assert points("online", "eval/mpc/mean") == [(10, 8.0)] and points("online", "system/rollout/workers") == [(10, 3.0)]
 
 
 def test_a_sink_whose_package_is_missing_is_left_out_with_one_line(tmp_path, monkeypatch):
