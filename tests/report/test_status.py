@@ -192,7 +192,7 @@ def test_a_run_that_is_killed_gone_on_with_and_finished(tmp_path):
     """Watched while it runs; the command that status names for the stopped run resumes it with the very same settings."""
     run = tmp_path / "a run"
     data = write_data(tmp_path / "data.hdf5")
-    args = command(run, data, serial=True, online__env_steps=3000, log__checkpoint_every_s=0.2, eval__every_steps=500)
+    args = command(run, data, serial=True, online__env_steps=2000, log__checkpoint_every_s=0.2, eval__every_steps=500)
 
     def online():
         facts = gather(run) if (run / "config.yaml").is_file() else {}
@@ -215,7 +215,7 @@ def test_a_run_that_is_killed_gone_on_with_and_finished(tmp_path):
     assert program == "modip" and again.returncode == 0, again.stderr
     last = json.loads(watch.communicate(timeout=30)[0].splitlines()[-1])
     assert watch.returncode == 0, "it ends with the run"
-    assert (last["state"], last["phase"], last["resumes"]) == ("finished", "finished", 1) and last["env_steps"] >= 3000
+    assert (last["state"], last["phase"], last["resumes"]) == ("finished", "finished", 1) and last["env_steps"] >= 2000
     assert set(last["scores"]) == {"data", "bc", "policy", "mpc"}
     assert "\n\nreturn" in status(str(run)).stdout
 
