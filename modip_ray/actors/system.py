@@ -30,6 +30,7 @@ from modip_ray.runfolder import RunError
 from modip_ray.timing import Timer, merge_snapshots
 
 SLICE_S = 1.0                       # one call of a worker or learner
+AT_ONCE_S = 0.5                     # how long the driver looks for numbers that it can do without
 
 
 class RaySystem:
@@ -211,11 +212,13 @@ class RaySystem:
                         "planner/seconds_behind": newest["model"][1] if any(behind) else 0.0}
 
     def planner_statuses(self) -> list[dict[str, Any]]:
+        """Of those planners that answer at once: one that starts, or that Ray restarts, is left out."""
         found = []
-        for planner in self.planners:
+        ready, _ = ray.wait([p.status.remote() for p in self.planners], num_returns=len(self.planners), timeout=AT_ONCE_S) if self.planners else ([], [])
+        for ref in ready:
             try:
-                found.append(ray.get(planner.status.remote(), timeout=self.cfg.resources.call_timeout_s))
-            except RayActorError:                                                   # Ray restarts it
+                found.append(ray.get(ref))
+            except RayActorError:
                 continue
         return found
 
