@@ -231,6 +231,15 @@ def e2e(s: Setting) -> list[Row]:
             compared("e2e.steps_per_s", 1e3 / ray, "1/s", 1e3 / serial, "one process")]
 
 
+@bench("channel")
+def channel(s: Setting) -> list[Row]:
+    """A query to the planner on a socket, against the same as a call of a Ray actor."""
+    from modip_ray.bench_channel import costs
+    socket, call = costs(s.cfg, 2 * s.seconds)
+    return [compared("channel.round_trip_ms", socket.round_trip, "ms", call.round_trip, "a Ray actor's method"),
+            compared("channel.processor_ms", socket.processor, "ms", call.processor, "a Ray actor's method; both ends together")]
+
+
 @bench("scale")
 def scale(s: Setting) -> list[Row]:
     """Real actors with a fake accelerator (10 ms + 0.05 ms a row) and fake environments (5 ms a step) against the smaller of both limits; and the model."""
