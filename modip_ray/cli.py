@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modip_ray import __version__, data_cli, jobs_cli, status_cli
+from modip_ray import __version__, data_cli, jobs_cli, status_cli, tune_cli
 from modip_ray.config import Config, ConfigError, load
 
 
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     data_cli.add_parsers(commands)
     jobs_cli.add_parsers(commands)
     status_cli.add_parser(commands)
+    tune_cli.add_parsers(commands)
 
     p = command(commands, "report", run_report, "write report/index.html of one or more runs")
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")

@@ -1,0 +1,377 @@
+"""Search with Ray Tune: settings checked before anything runs, trials that go on bit for bit, PBT, and a search that is killed and resumed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from modip_ray.config import ConfigError, config_dir, load
+from modip_ray.learning.checkpoint import newest
+from modip_ray.runfolder import RunError
+from modip_ray.search.report import read_rows
+from modip_ray.search.scores import nested_bootstrap
+from modip_ray.search.settings import trial_settings
+from modip_ray.search.spec import load_search
+from modip_ray.search.trial import Trial, start_checkpoint
+from tests.fakes import SMALL, write_data
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+PARTS = ("learner_model", "learner_policy", "replay", "bc")
+TINY = {**SMALL, "pretrain.updates": 10, "pretrain.policy_updates": 10, "online.min_online": 20, "task.max_episode_steps": 15, "eval.every_episodes": 2}
+SEARCHES = sorted(p.stem for p in (config_dir() / "tune").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "data.hdf5", 600)
+
+
+def params(data: Path, **dotted) -> dict:
+    """A trial's configuration on the point environment, 40 steps between reports."""
+    return {**TINY, "data.source": str(data), "steps_per_iteration": 40, "online.env_steps": 160, **{k.replace("__", "."): v for k, v in dotted.items()}}
+
+
+def same(a: Path, b: Path, seeds=(0,)) -> bool:
+    """Two trial checkpoints hold the same numbers, bit for bit."""
+    for seed in seeds:
+        x, y = (newest(folder / f"seed_{seed}" / "checkpoints") for folder in (a, b))
+        for part in PARTS:
+            u, v = x.read(part), y.read(part)
+            if u.keys() != v.keys() or not all(np.array_equal(u[k], v[k], equal_nan=u[k].dtype.kind == "f") for k in u):
+                return False
+    return True
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("extra, words", [
+    ({"taks": "hopper-medium"}, ["'taks'", "did you mean 'task'"]),
+    ({"critc.gamma": 0.9}, ["'critc.gamma'", "'critic'"]),
+    ({"critic.gama": 0.9}, ["'gama'", "did you mean 'gamma'"]),
+    ({"critic.gamma": 1.5}, ["critic.gamma", "1.5", "0..1"]),
+    ({"seed": 3}, ["seed", "'seeds'"]),
+    ({"run_dir": "x"}, ["run_dir", "Tune keeps"]),
+    ({"seeds": 0}, ["seeds", "got 0"]),
+    ({"seeds": [1, 1]}, ["seeds", "different"]),
+    ({"steps_per_iteration": 0}, ["steps_per_iteration", "got 0"]),
+    ({"online.env_steps": 0}, ["online.env_steps", "online phase"]),
+    ({"cpus": -1}, ["cpus", "-1"]),
+    ({"resources.device": "cuda"}, ["gpus", "cuda"]),
+])
+def test_a_configuration_that_cannot_run_says_what_and_names_the_nearest(extra, words):
+    with pytest.raises(ConfigError) as error:
+        trial_settings({"task": "hopper-medium", **extra})
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_seeds_and_settings_of_a_trial():
+    settings = trial_settings({"task": "hopper-medium", "seeds": 2, "planner.horizon": 2, "gpus": 0})
+    assert settings.seeds == (0, 1) and settings.cfg.planner.horizon == 2 and settings.cfg.critic.gamma == 0.995
+    member = settings.member(1)
+    assert member.seed == 1 and member.serial and member.resources.device == "cpu"
+    assert trial_settings({"seeds": [4, 7]}).seeds == (4, 7)
+
+
+def test_spaces_are_checked_at_their_extremes_and_mutations_by_name():
+    tune = pytest.importorskip("ray.tune")
+    from modip_ray.tune import MODIP, check_space, pbt
+    good = {"task": "hopper-medium", "guard.std_max": tune.uniform(0.05, 0.3), "planner.horizon": tune.choice([2, 4]), "planner.elites": tune.randint(4, 20)}
+    check_space(good)
+    assert MODIP.default_resource_request({"task": "hopper-medium", "cpus": 2, "gpus": 0.5}).required_resources == {"CPU": 2.0, "GPU": 0.5}
+    for key, bad, word in (("guard.std_max", tune.uniform(0.01, 0.3), "std_min"), ("planner.horizon", tune.choice([2, 9]), "policy.horizon"),
+                           ("planner.elites", tune.randint(4, 200), "candidates"), ("critic.gamma", tune.grid_search([0.9, 2.0]), "0..1")):
+        with pytest.raises(ConfigError, match=word):
+            check_space({**good, key: bad})
+    for key in ("critic.gamma", "policy.width", "world_model.latent", "data.transitions", "online.env_steps", "pretrain.updates", "policy.lr_final"):
+        value = getattr(getattr(load(), key.split(".")[0]), key.split(".")[1])
+        with pytest.raises(ConfigError, match=f"{key}: cannot be perturbed"):
+            pbt({**good, key: tune.choice([value])})
+    with pytest.raises(ConfigError, match="planned"):
+        pbt({**good, "distill.target": "planned"})
+    inside = pbt({**good, "guard.trust": tune.quniform(0.0, 0.5, 0.1)}, metric="mpc/mean", mode="max")._custom_explore_fn
+    moved = inside({"guard.std_max": 0.36, "guard.trust": 0.36})
+    assert moved["guard.std_max"] == 0.3 and moved["guard.trust"] == pytest.approx(0.4)
+
+
+# ---- search files ----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_shipped_searches_load_and_every_trial_of_them_could_run(name):
+    pytest.importorskip("ray.tune")
+    from modip_ray.search.run import checked_scheduler, param_space
+    search = load_search(name)
+    checked_scheduler(search, param_space(search))
+    assert search.out == f"runs/tune/{name}" and search.num_samples >= 8
+
+
+def test_guard_asha_explains_every_field():
+    lines = (config_dir() / "tune" / "guard_asha.yaml").read_text().splitlines()
+    fields = [i for i, line in enumerate(lines) if re.match(r"[a-z_]+:", line)]
+    for i in fields:
+        assert lines[i - 1].startswith("#") or i - 1 in fields, f"no comment above {lines[i]}"
+    from modip_ray.search.spec import Search
+    assert {lines[i].split(":")[0] for i in fields} == set(Search.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("override, words", [
+    ("num_sample=3", ["'num_sample'", "did you mean 'num_samples'"]),
+    ("metric=mpc/meen", ["metric", "did you mean 'mpc/mean'"]),
+    ("num_samples=0", ["num_samples", "positive"]),
+    ("scheduler.kind=ash", ["scheduler", "asha, pbt, none"]),
+    ("scheduler.grace_perod=2", ["'grace_perod'", "did you mean 'grace_period'"]),
+    ("scheduler.grace_period=99", ["grace_period", "1..iterations"]),
+    ("search.guard.trust={unifrm: [0, 1]}", ["search.guard.trust", "did you mean 'uniform'"]),
+    ("search.guard.trust={uniform: [1, 0]}", ["search.guard.trust", "low below high"]),
+    ("search.policy.lr={loguniform: [0, 1]}", ["search.policy.lr", "positive"]),
+    ("search.guard.trust=0.3", ["search.guard.trust", "'settings'"]),
+    ("settings.guard.trust=0.3", ["search.guard.trust", "fixed under 'settings'"]),
+    ("settings.online.env_steps=5", ["online.env_steps", "iterations x steps_per_iteration"]),
+    ("planner.horizon=3", ["settings.planner.horizon"]),
+    ("num_samples", ["key=value"]),
+])
+def test_a_search_that_cannot_run_says_what_and_names_the_nearest(override, words):
+    with pytest.raises(ConfigError) as error:
+        load_search("tiny", [override])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_an_unknown_search_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'guard_asha'"):
+        load_search("gard_asha")
+
+
+# ---- trials ----------------------------------------------------------------------------------------------------------------------------------
+
+def test_the_interval_grows_with_the_spread_between_seeds():
+    episodes = np.random.default_rng(0).normal(0, 1, (4, 50))
+    narrow, wide = (np.diff(nested_bootstrap(episodes + shift * np.arange(4)[:, None], 2000))[0] for shift in (0.0, 5.0))
+    assert wide > 5 * narrow > 0
+    low, high = nested_bootstrap(episodes[:1], 2000)
+    assert low < episodes[0].mean() < high
+
+
+def test_a_restored_trial_goes_on_bit_for_bit_and_its_checkpoint_is_a_run_folder(tmp_path, data):
+    settings = trial_settings(params(data, seeds=2))
+    trial = Trial(settings, tmp_path / "shared")
+    first = trial.iterate()
+    trial.save(tmp_path / "saved")
+    plain = trial.iterate()
+    trial.save(tmp_path / "plain")
+    trial.close()
+    again = Trial(settings, tmp_path / "shared")
+    again.load(tmp_path / "saved")
+    restored = again.iterate()
+    again.save(tmp_path / "restored")
+    assert same(tmp_path / "plain", tmp_path / "restored", (0, 1)) and not same(tmp_path / "plain", tmp_path / "saved", (0, 1))
+    timeless = {k for k in plain if k not in ("train_s", "eval_s")}
+    assert {k: plain[k] for k in timeless} == {k: restored[k] for k in timeless}
+    assert 40 <= first["env_steps"] < 80 <= plain["env_steps"] < 120 and not plain["done"] and len(plain["mpc"]["by_seed"]) == 2
+    assert plain["mpc"]["mean"] == pytest.approx(np.mean(plain["mpc"]["by_seed"]))
+
+    from modip_ray.saved_run import evaluate_run
+    cfg = settings.member(1)
+    measured = evaluate_run(tmp_path / "plain" / "seed_1", "mpc", cfg.eval.every_episodes, cfg.eval.seed)
+    assert measured["mean"] == plain["mpc"]["by_seed"][1]
+
+
+def test_perturbed_settings_are_in_force_on_the_donors_state_and_others_are_refused(tmp_path, data):
+    donor = Trial(trial_settings(params(data)), tmp_path / "shared")
+    donor.iterate()
+    donor.save(tmp_path / "donor")
+    changed = Trial(trial_settings(params(data, planner__horizon=4, policy__lr=5e-3, planner__gaussian=4)), tmp_path / "shared")
+    changed.load(tmp_path / "donor")
+    (system,) = changed.systems
+    x, y = newest(tmp_path / "donor" / "seed_0" / "checkpoints"), system.learner.agent.flat("policy")
+    state = x.read("learner_policy")
+    assert all(np.array_equal(state[f"agent.{k}"], v.numpy()) for k, v in system.learner.agent.state_dict().items() if k.startswith("policy."))
+    assert np.isfinite(y).all() and system.learner.updates == x.counters["updates"] and system.replay.env_steps == x.counters["env_steps"] > 0
+    result = changed.iterate()
+    assert result["env_steps"] >= 80 and result["updates"] > x.counters["updates"]
+    assert system.learner.policy_opt.param_groups[0]["lr"] == pytest.approx(5e-3 * system.cfg.online.lr_scale)
+    assert system.replay.replay.online.arrays["plan"].shape[1] == 4
+    changed.save(tmp_path / "changed")
+    back = Trial(trial_settings(params(data)), tmp_path / "shared")                 # and back to the shorter horizon
+    back.load(tmp_path / "changed")
+    assert back.iterate()["env_steps"] >= 120
+    for key, value in (("critic__gamma", 0.9), ("policy__width", 16)):
+        with pytest.raises(ConfigError, match=key.replace("__", ".")):
+            Trial(trial_settings(params(data, **{key: value})), tmp_path / "shared").load(tmp_path / "donor")
+    with pytest.raises(RunError, match="seed_0"):
+        Trial(trial_settings(params(data, seeds=[5])), tmp_path / "shared").load(tmp_path / "donor")
+
+
+def test_a_shared_pretraining_is_where_every_trial_starts(tmp_path, data):
+    from modip_ray.run import train
+    from tests.fakes import small
+    cfg = small(tmp_path / "pre", data, serial=True).replace({**TINY, "data.source": str(data), "online.env_steps": 0, "eval.every_steps": 0})
+    train(cfg)
+    start = {"start": str(tmp_path / "pre"), "online.env_steps": 80, "steps_per_iteration": 40}
+    trial = Trial(trial_settings({**start, "guard.trust": 0.1, "seeds": 2}), tmp_path / "shared")
+    assert trial.iterate()["env_steps"] >= 40
+    bc = start_checkpoint(tmp_path / "pre").read("bc")["policy"]
+    assert all(np.array_equal(system.bc, bc) for system in trial.systems), "the same BC policy for every seed"
+    for bad, word in (({"world_model.latent": 32}, "world_model.latent"), ({"policy.lr": 1.0}, "online.lr_scale"), ({"task": "kitchen"}, "leave one out")):
+        with pytest.raises(ConfigError, match=word):
+            trial_settings({**start, **bad})
+    train(cfg.replace({"online.env_steps": 40, "log.keep_checkpoints": 1}))
+    with pytest.raises(RunError, match="end of pre-training"):
+        start_checkpoint(tmp_path / "pre")
+
+
+def test_collected_data_are_shared_by_the_trials(tmp_path):
+    tiny = {k: v for k, v in TINY.items() if not k.startswith("task.")}
+    small = {**tiny, "task": "hopper-medium", "task.max_episode_steps": 50, "data.transitions": 300, "online.env_steps": 40, "steps_per_iteration": 40}
+    for trust in (0.1, 0.2):
+        trial = Trial(trial_settings({**small, "guard.trust": trust}), tmp_path / "shared")
+        episodes = trial.offline_data().episodes
+        assert sum(e.length for e in episodes) >= 300
+    assert len(list((tmp_path / "shared").glob("hopper-medium-*.hdf5"))) == 1
+    Trial(trial_settings({**small, "data.transitions": 400}), tmp_path / "shared").offline_data()
+    assert len(list((tmp_path / "shared").glob("hopper-medium-*.hdf5"))) == 2
+
+
+# ---- under Tune ------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray")
+    from modip_ray.actors.cluster import NICENESS, environment
+    with environment({"OMP_NUM_THREADS": "1", **NICENESS}):
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("reuse_actors", [True, False], ids=["same-actors", "new-actors"])
+def test_pbt_goes_on_from_the_donors_checkpoint_with_the_perturbed_setting(cluster, tmp_path, data, reuse_actors):
+    """What Tune made of a takeover is made again by a plain trial from the donor's checkpoint: every number is the same."""
+    from ray import tune
+
+    from modip_ray.search.watch import Rows
+    from modip_ray.tune import MODIP, pbt
+    taken = []
+
+    class Takeovers(tune.Callback):
+        def on_trial_start(self, iteration, trials, trial, **info):
+            if "@perturbed" in (trial.experiment_tag or ""):
+                taken.append((trial.trial_id, Path(trial.checkpoint.path), dict(trial.config)))
+
+    space = params(data, online__env_steps=80, policy__lr=tune.grid_search([1e-3, 3e-3]), planner__horizon=tune.choice([2, 3]),
+                   guard__trust=tune.uniform(0, 0.5))
+    config = tune.TuneConfig(scheduler=pbt(space, perturbation_interval=1, quantile_fraction=0.5, synch=True), metric="mpc/mean", mode="max",
+                             reuse_actors=reuse_actors)
+    results = tune.Tuner(MODIP, param_space=space, tune_config=config, run_config=tune.RunConfig(
+        name="pbt", storage_path=str(tmp_path), callbacks=[Takeovers(), Rows()], verbose=0,
+        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1))).fit()
+    assert not results.errors and len(results) == 2 and taken
+    by_trial = {r.metrics["trial_id"]: r for r in results}
+    trial_id, donor, changed = taken[-1]
+    assert trial_id not in donor.parent.name, "the state is another trial's"
+    before = newest(donor / "seed_0" / "checkpoints").counters
+    mine = by_trial[trial_id]
+    rows = read_rows(Path(mine.path))
+    assert [r["training_iteration"] for r in rows] == [1, 2]
+    after = min((r for r in rows if r["env_steps"] > before["env_steps"]), key=lambda r: r["env_steps"])
+    saved = next(Path(c.path) for c, m in mine.best_checkpoints if m["training_iteration"] == after["training_iteration"]
+                 and newest(Path(c.path) / "seed_0" / "checkpoints").counters["env_steps"] == after["env_steps"])
+    own = yaml.safe_load((saved / "seed_0" / "config.yaml").read_text())
+    assert (own["policy"]["lr"], own["planner"]["horizon"], own["guard"]["trust"]) == (changed["policy.lr"], changed["planner.horizon"], changed["guard.trust"])
+    donors = yaml.safe_load((donor / "seed_0" / "config.yaml").read_text())
+    assert own != donors, "the settings were perturbed"
+
+    replayed = Trial(trial_settings(changed), tmp_path / "shared")
+    replayed.load(donor)
+    result = replayed.iterate()
+    replayed.save(tmp_path / "replayed")
+    assert same(saved, tmp_path / "replayed")
+    assert result["mpc"]["mean"] == after["mpc/mean"] and result["updates"] == after["updates"] > before["updates"]
+
+
+@pytest.mark.ray
+def test_a_wrong_key_ends_the_tuner_before_anything_runs(cluster, tmp_path, data):
+    from ray import tune
+
+    from modip_ray.tune import MODIP
+    space = {**params(data), "critic.gama": tune.choice([0.9])}
+    with pytest.raises(Exception, match="did you mean 'gamma'"):
+        tune.Tuner(MODIP, param_space=space, run_config=tune.RunConfig(name="wrong", storage_path=str(tmp_path), verbose=0)).fit()
+    assert not list((tmp_path / "wrong").glob("*/result.json"))
+
+
+def reports(log: Path) -> list[tuple[int, int]]:
+    """(trial, iteration) of each line of the terminal."""
+    return [(int(t), int(k)) for t, k in re.findall(r"^trial (\d+): (\d+) of", log.read_text(), re.M)]
+
+
+def start_and_wait(command: list[str], log: Path, trials: int) -> subprocess.Popen:
+    """Start a search and wait until so many trials have reported."""
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while len({t for t, _ in reports(log)}) < trials:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.ray
+def test_eight_trials_stopped_killed_and_resumed(tmp_path, data):
+    from ray import tune
+    file, out = tmp_path / "asha.yaml", tmp_path / "search"
+    file.write_text(yaml.safe_dump({
+        "out": str(out), "settings": {k: v for k, v in params(data).items() if k not in ("steps_per_iteration", "online.env_steps")},
+        "search": {"guard.trust": {"uniform": [0.0, 0.5]}, "planner.horizon": {"choice": [2, 3]}, "policy.lr": {"loguniform": [1e-4, 1e-2]}},
+        "scheduler": {"kind": "asha", "grace_period": 1, "reduction_factor": 2}, "num_samples": 8, "iterations": 3, "steps_per_iteration": 40}))
+    command = [sys.executable, "-m", "modip_ray", "tune", str(file)]
+    logs = [tmp_path / "log1", tmp_path / "log2", tmp_path / "log3"]
+    stopped = start_and_wait(command, logs[0], 1)
+    stopped.terminate()
+    assert stopped.wait(100) == 0 and "the same command goes on" in logs[0].read_text() and "Traceback" not in logs[0].read_text(), logs[0].read_text()
+    killed = start_and_wait(command, logs[1], 4)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (out / "results.json").exists()
+    known = tune.ExperimentAnalysis(str(out / "trials")).trials                     # as Tune's state of that moment has it
+    finished = {int(t.experiment_tag.split("_")[0]) for t in known if t.is_finished()}
+    saved = {int(t.experiment_tag.split("_")[0]): t.latest_checkpoint_result.metrics["training_iteration"] for t in known if t.latest_checkpoint_result}
+    rows = {t.trial_id: (out / "trials" / t.relative_logdir / "result.json").read_text() for t in known if t.is_finished()}
+    assert finished and saved
+
+    done = subprocess.run(command, cwd=ROOT, env=ENV, stdout=logs[2].open("w"), stderr=subprocess.STDOUT, timeout=400)
+    text = logs[2].read_text()
+    assert done.returncode == 0 and "goes on from" in text and "Traceback" not in text, text
+    second = reports(logs[2])
+    assert not finished & {t for t, _ in second}, "no finished trial is run again"
+    for trial, at in saved.items():
+        again = [k for t, k in second if t == trial]
+        assert again == list(range(at + 1, at + 1 + len(again))), f"trial {trial} had a checkpoint of iteration {at} and reported {again} after the resume"
+    for t in known:
+        if t.trial_id in rows:
+            assert (out / "trials" / t.relative_logdir / "result.json").read_text() == rows[t.trial_id]
+
+    found = json.loads((out / "results.json").read_text())
+    assert [t["trial"] for t in sorted(found["trials"], key=lambda t: t["trial"])] == list(range(8))
+    for t in found["trials"]:
+        assert [h["training_iteration"] for h in t["history"]] == list(range(1, t["iterations"] + 1))
+        steps, updates = [h["env_steps"] for h in t["history"]], [h["updates"] for h in t["history"]]
+        assert steps == sorted(set(steps)) and updates == sorted(updates)
+        assert t["status"] == "finished" if t["iterations"] == 3 else t["status"].startswith("stopped at")
+    assert any(t["status"].startswith("stopped") for t in found["trials"]) and found["trials"][0]["trial"] == found["best"]
+    assert f"| {found['best']} |" in (out / "results.md").read_text() and (out / "parallel.svg").read_text().count("<svg") == 1
+    assert (out / "parallel.png").read_bytes().startswith(b"\x89PNG")
+    best = load(out / "best.yaml")
+    assert best.guard.trust == found["trials"][0]["params"]["guard.trust"] and best.online.env_steps == 120
+
+    third = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=100)
+    assert third.returncode == 0 and "finished" in third.stdout and not re.search(r"^trial \d+: ", third.stdout, re.M), "a finished search only shows its table"
+    other = subprocess.run([*command, "num_samples=9"], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=100)
+    assert other.returncode == 2 and "num_samples: 8 -> 9" in other.stderr
