@@ -86,7 +86,7 @@ def offline_phase(session: Session, factory: EnvFactory) -> Dataset:
 
 def build_system(cfg: Config, data: Dataset, factory: EnvFactory, hook: SegmentHook | None, folder: RunFolder) -> System:
     _, low, high = spaces(factory)
-    setup = Setup(cfg, build_spec(cfg, data.episodes, low, high), data.episodes, factory, hook, folder.checkpoint)
+    setup = Setup(cfg, build_spec(cfg, data.episodes, low, high), data.episodes, factory, hook, folder.checkpoint, folder=folder.path)
     if cfg.serial:
         from modip_ray.learning.serial import SerialSystem
         return SerialSystem(setup)

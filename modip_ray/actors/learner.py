@@ -13,6 +13,7 @@ import ray
 import torch
 
 from modip_ray.actors.batches import BatchSource
+from modip_ray.actors.placement import sees
 from modip_ray.actors.replay import shard_updates
 from modip_ray.config import Config
 from modip_ray.learning.build import Spec, agent_of, device_of
@@ -49,6 +50,9 @@ class LearnerActor:
         self.versions: dict[str, int] = {}
         self.exchanged_at = float("-inf")
         self.sent: deque[ray.ObjectRef] = deque()
+
+    def sees(self, folder: str, token: str) -> bool:
+        return sees(folder, token)
 
     def work(self, seconds: float) -> LearnerReport:
         """Updates for about so many seconds; batches are fetched ahead and stay on their way between two calls."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from modip_ray.config import Config
 from modip_ray.learning.limiter import STREAMS
 
 Bundle = dict[str, float]
+PROBE = ".seen_by_all_nodes"
 SPARE = 1e-6                        # Ray counts resources in ten-thousandths
 
 
@@ -71,3 +73,11 @@ def missing(asked: Sequence[Demand], nodes: Mapping[str, Bundle]) -> list[str]:
         return lines
     return [f"{d.role}: no node has {d.bundle} at once" for d in asked
             if d.bundle and not any(all(node.get(k, 0.0) + SPARE >= v for k, v in d.bundle.items()) for node in nodes.values())]
+
+
+def sees(folder: str, token: str) -> bool:
+    """This node sees the driver's folder: the same storage, not just a folder of that name."""
+    try:
+        return (Path(folder) / PROBE).read_text() == token
+    except OSError:
+        return False

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 
+from modip_ray.actors.placement import sees
 from modip_ray.config import Config
 from modip_ray.learning.checkpoint import Checkpoint, write_state
 from modip_ray.learning.limiter import COLLECTION_WAITS, LEARNING_WAITS, STREAMS, Stream
@@ -44,6 +45,9 @@ class ReplayActor:
             counts = [int(shard_updates(checkpoint.read(f"learner_{s}"), cfg.replay.shards)[shard]) for s in STREAMS]
             self.server.load_state(checkpoint.read(self.component), *counts)
         self.changed = asyncio.Condition()
+
+    async def sees(self, folder: str, token: str) -> bool:
+        return sees(folder, token)
 
     async def add(self, segments: list[Segment]) -> Ack:
         """Store, then hold the answer while collection is too far ahead."""

@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from modip_ray.actors.cluster import Cluster
 from modip_ray.actors.evaluators import Evaluators
 from modip_ray.actors.learner import LearnerActor, LearnerReport
-from modip_ray.actors.placement import options
+from modip_ray.actors.placement import PROBE, options
 from modip_ray.actors.planner import PlannerActor
 from modip_ray.actors.pool import RolloutPool, raise_cause
 from modip_ray.actors.replay import ReplayActor
@@ -59,6 +59,7 @@ class RaySystem:
         self.learners = {s: learner.remote(cfg, spec, s, self.replay_names, self.store_name, checkpoint) for s in STREAMS}
         self.call([started], "the weight store")
         self.counts: dict[Stream, int] = dict(zip(STREAMS, self.call([self.learners[s].settle.remote() for s in STREAMS], "the learners' start"), strict=True))
+        self.check_folder()
         self.key = secrets.token_bytes(32)
         line, make_server = ("127.0.0.1" if self.cluster.private else None, self.key), [self.setup.plan_server] if self.setup.plan_server is not None else []
         planner = [PlannerActor.options(name=name, **options(cfg, "planner")) for name in self.planner_names]
@@ -72,6 +73,19 @@ class RaySystem:
         self.bc = saved_bc(checkpoint)
         if self.bc is not None:
             self.call([self.store.put.remote("bc", 0, self.bc)], "the weight store")
+
+    def check_folder(self) -> None:
+        """ConfigError where replay or learners could not write their checkpoint parts into the run's folder."""
+        folder, token = self.setup.folder, uuid.uuid4().hex
+        if folder is None:
+            return
+        (folder / PROBE).write_text(token)
+        writers = {"replay": self.replays, "learner": list(self.learners.values())}
+        for role, actors in writers.items():
+            if not all(self.call([actor.sees.remote(str(folder), token) for actor in actors], f"the {role}")):
+                raise ConfigError(f"run_dir: {folder} is not seen by the {role}, which lives on another node; put run_dir on storage that all nodes share, or "
+                                  f"place the {role} on the driver's node (resources.placement.{role}, as configs/cluster.yaml does)")
+        (folder / PROBE).unlink()
 
     # ---- training ----------------------------------------------------------------------------------------------------------------------------
 

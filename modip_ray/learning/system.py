@@ -23,7 +23,8 @@ Snapshot = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a system is built from. `checkpoint`: where to go on from; `plan_server`: what the planner actors build in place of the real planner."""
+    """All that a system is built from. `checkpoint`: where to go on from; `plan_server`: what the planner actors build in place of the real planner;
+    `folder`: the run's, where components write their checkpoint parts."""
 
     cfg: Config
     spec: Spec
@@ -32,6 +33,7 @@ class Setup:
     hook: SegmentHook | None = None
     checkpoint: Checkpoint | None = None
     plan_server: Callable[..., Any] | None = None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)

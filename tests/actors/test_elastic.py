@@ -138,3 +138,11 @@ def test_what_the_cluster_lacks_is_named_with_its_setting(nodes, dotted, words):
         RaySystem(setup(**dotted))
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_run_folder_that_the_replay_cannot_see_is_refused_at_the_start(nodes, tmp_path, monkeypatch):
+    from modip_ray.actors import system
+    s = setup(rollout__num_workers=1)
+    monkeypatch.setattr(system, "PROBE", ".another_file")                           # as if the actors looked at another disk
+    with pytest.raises(ConfigError, match="run_dir: .* is not seen by the replay"):
+        system.RaySystem(dataclasses.replace(s, folder=tmp_path))
