@@ -60,7 +60,7 @@ class LocalCluster:
             file.write(secrets.token_hex(32))
         gcs, dashboard, client = free_port(), free_port(dashboard_port), free_port()
         self.write_facts({"gcs": f"{HOST}:{gcs}", "address": f"http://{HOST}:{dashboard}", "autoscale": autoscale, "worker": dict(worker)})
-        arguments = ["--head", f"--port={gcs}", f"--temp-dir={self.state / 'ray'}", f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}",
+        arguments = ["--head", f"--port={gcs}", f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}",
                      f"--ray-client-server-port={client}"]
         if autoscale is not None:
             (self.state / "autoscaling.json").write_text(json.dumps(self.autoscaling_config(head or head_resources(), worker, autoscale, idle_minutes)))

@@ -52,7 +52,9 @@ def start_node(state: Path, kind: str, resources: Mapping[str, float], arguments
     """Run `ray start ARGUMENTS` for a node with these resources; returns once its process runs, before the node has joined."""
     node_id = node_id or secrets.token_hex(28)
     custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-    command = [str(Path(sys.executable).parent / "ray"), "start", *arguments, "--block", "--disable-usage-stats", f"--node-ip-address={HOST}",
+    address = HOST if kind == HEAD_TYPE else f"127.0.{1 + int(node_id[:2], 16) % 250}.{2 + int(node_id[2:4], 16) % 250}"      # one each, as on real machines
+    command = [str(Path(sys.executable).parent / "ray"), "start", *arguments, "--block", "--disable-usage-stats", f"--node-ip-address={address}",
+               f"--temp-dir={state / 'ray' / node_id[:6]}",                        # ... and a disk: a job's files are unpacked, and removed, on every node
                f"--num-cpus={resources.get('CPU', 0):g}", f"--num-gpus={resources.get('GPU', 0):g}", f"--resources={json.dumps(custom)}",
                "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", f"--object-store-memory={STORE_BYTES}"]
     with open(state / "logs" / f"{kind}-{node_id[:8]}.log", "w") as log:

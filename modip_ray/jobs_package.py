@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from modip_ray.config import Config, ConfigError, config_dir, load
+from modip_ray.config import ConfigError, config_dir, load
 from modip_ray.data_cli import size_text
 from modip_ray.jobs import JobError, Submission
 
@@ -98,18 +98,22 @@ def prepare(arguments: Sequence[str], name: str | None, storage: str, folder: Pa
     if args.command == "train":
         with chdir(folder):
             cfg = load(args.config, args.settings)
-        return training(list(arguments), args.settings, cfg, name, storage)
+        label = name or (PurePosixPath(cfg.run_dir).name if cfg.run_dir else f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return writing(list(arguments), "run_dir", cfg.run_dir or f"runs/{label}", label, storage, {"resources.ray_address": cfg.resources.ray_address})
+    if args.command == "tune":
+        from modip_ray.search.spec import load_search
+        with chdir(folder):
+            search = load_search(args.search_file, args.settings)
+        moved = [f"start={on_cluster(a.removeprefix('start='), storage)}" if a.startswith("start=") else a for a in arguments]
+        return writing(moved, "out", search.out, name or PurePosixPath(search.out).name, storage, {"ray_address": search.ray_address})
     return other(list(arguments), args, name, storage)
 
 
-def training(arguments: list[str], settings: Sequence[str], cfg: Config, name: str | None, storage: str) -> Command:
-    label = name or (PurePosixPath(cfg.run_dir).name if cfg.run_dir else f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    run_dir = cfg.run_dir or f"runs/{label}"
+def writing(arguments: list[str], key: str, run_dir: str, label: str, storage: str, address: dict[str, str]) -> Command:
+    """train and tune: the folder that the setting `key` names, under `storage`, and the cluster's address unless the user gave one."""
     there = on_cluster(run_dir, storage)
-    added = [f"run_dir={there}"]
-    if cfg.resources.ray_address == "local" and not any(s.startswith("resources.ray_address=") for s in settings):
-        added.append("resources.ray_address=auto")
-    return Command([a for a in arguments if not a.startswith("run_dir=")] + added, label, there, here_for(run_dir))
+    joined = [f"{name}=auto" for name, value in address.items() if value == "local" and not any(a.startswith(f"{name}=") for a in arguments)]
+    return Command([a for a in arguments if not a.startswith(f"{key}=")] + [f"{key}={there}", *joined], label, there, here_for(run_dir))
 
 
 def other(arguments: list[str], args: argparse.Namespace, name: str | None, storage: str) -> Command:

@@ -211,6 +211,8 @@ def test_commands_for_the_cluster(tmp_path):
     assert (absolute.run_dir, absolute.local_dir) == ("/data/r1", "runs/r1")
     unnamed = prepare(["train", "task=hopper-medium"], None, "/s", tmp_path)
     assert unnamed.run_dir == f"/s/runs/{unnamed.label}" and unnamed.label.startswith("hopper-medium-2")
+    search = prepare(["tune", "tiny", "out=runs/tune/x", "num_samples=2"], None, "~/s", tmp_path)
+    assert search.arguments == ["tune", "tiny", "num_samples=2", "out=~/s/runs/tune/x", "ray_address=auto"] and search.local_dir == "runs/tune/x"
     measured = prepare(["eval", "runs/d", "--mode", "all", "--json", "runs/d/e.json"], None, "~/s", tmp_path)
     assert measured.arguments == ["eval", "~/s/runs/d", "--mode", "all", "--json", "~/s/runs/d/e.json"] and measured.local_dir == "runs/d"
     both = prepare(["report", "runs/a", "runs/b"], None, "~/s", tmp_path)
