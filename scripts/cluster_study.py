@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -165,6 +166,7 @@ def main() -> None:
     args.storage.mkdir(parents=True, exist_ok=True)
     with LocalCluster(Path(tempfile.mkdtemp(prefix="ms", dir="/tmp"))) as cluster:
         found = study(args, cluster.up(head=HEAD, worker=WORKER, autoscale=NODES))
+    shutil.rmtree(args.storage / args.run_dir)                                                  # complete: the next study begins anew
     text = json.dumps(found, indent=1)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
