@@ -33,7 +33,7 @@ bench: install
 	$(BIN)/python -m modip_ray bench all --json results/bench/$$(date +%F).json
 
 lint: install
-	$(BIN)/python -m ruff check modip_ray tests scripts
+	$(BIN)/python -m ruff check modip_ray tests scripts cluster
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -49,7 +49,6 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
             if cfg.log.ray_metrics and not cfg.serial:
                 from modip_ray.actors.metrics import RaySink
                 session.log.add(lambda: RaySink(folder.path.name, cfg.task.name))
-            stop.install()
             pretrain(session, system)
             online(session, system)
             summary = evaluate(session, system, data)

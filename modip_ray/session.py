@@ -37,7 +37,6 @@ class StopSignals:
         return self
 
     def install(self) -> None:
-        """Also to be called after ray.init, which puts a SIGTERM handler of its own in place."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before.setdefault(number, signal.getsignal(number))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,20 @@ def environment(values: dict[str, str]) -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+@contextmanager
+def kept_signals() -> Iterator[None]:
+    """ray.init puts a SIGTERM handler of its own in place, which saves nothing: ours come back after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def remove_stale() -> None:
@@ -73,11 +89,12 @@ class Cluster:
             cpus = max(os.cpu_count() or 1, math.ceil(asked.get("CPU", 0.0)))
             most = cfg.rollout.most / cfg.rollout.least                                        # this machine is every kind of node at once
             custom = {k: math.ceil(v * most) for k, v in asked.items() if k not in ("CPU", "GPU", "memory")}
-            with environment(threads | NICENESS):                                              # inherited; as a runtime_env it costs 0.5 to 1 s an actor
+            with kept_signals(), environment(threads | NICENESS):                              # inherited; as a runtime_env it costs 0.5 to 1 s an actor
                 ray.init(address="local", num_cpus=cpus, resources=custom, _temp_dir=self.folder, include_dashboard=False, **quiet)
             return
         try:
-            ray.init(address=cfg.resources.ray_address, runtime_env={"env_vars": threads}, **quiet)
+            with kept_signals():
+                ray.init(address=cfg.resources.ray_address, runtime_env={"env_vars": threads}, **quiet)
         except ConnectionError as error:
             raise ConfigError(f"resources.ray_address: no Ray cluster at {cfg.resources.ray_address!r} ({error}); start one, or use 'local'") from error
 

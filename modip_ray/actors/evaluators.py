@@ -17,6 +17,7 @@ from modip_ray.runfolder import RunError
 from modip_ray.tasks.envs import EnvFactory
 
 PATIENCE = 10                       # time-outs that a group of evaluation episodes may take: they run by thousands of steps
+AT_ONCE_S = 0.5                     # how long to look for numbers that can be done without
 Call = Callable[[Sequence[ray.ObjectRef], str], list[Any]]
 
 
@@ -57,8 +58,8 @@ class Evaluators:
             self.asked = None
 
     def run_all(self, jobs: Sequence[Job], cpus: int, progress: Callable[[Outcome], None]) -> tuple[list[Outcome], dict[str, Any]]:
-        """Every job by whichever evaluator is free, and the diagnostics. More evaluators start wherever there is room, the rollout workers' nodes included."""
-        self.actors += [self.actor(num_cpus=1) for _ in range(min(cpus, len(jobs)) - 1)]
+        """Every job by whichever evaluator is free, and the diagnostics. More evaluators start where there is room; those that find none do no harm."""
+        self.actors += [self.actor(**options(self.cfg, "evaluator") | {"num_cpus": 1}) for _ in range(min(cpus, len(jobs)) - 1)]
         joining = {actor.ready.remote(): actor for actor in self.actors}
         waiting, free, running, outcomes = list(jobs), [], {}, []
         while waiting or running:
@@ -80,7 +81,8 @@ class Evaluators:
         return outcomes, diagnosed.diagnostics
 
     def timings(self) -> dict[int, Snapshot]:
-        """By evaluator; one that is at work is not waited for."""
+        """By evaluator; one that is at work, or not there yet, is not waited for."""
         if self.asked is None:
-            self.last_timings = dict(enumerate(self.call([actor.timing.remote() for actor in self.actors], "an evaluator")))
+            ready, _ = ray.wait([actor.timing.remote() for actor in self.actors], num_returns=len(self.actors), timeout=AT_ONCE_S)
+            self.last_timings |= dict(enumerate(self.call(ready, "an evaluator")))
         return self.last_timings

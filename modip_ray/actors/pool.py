@@ -8,6 +8,7 @@ by* a method for a dead actor, and has no time-out for a call.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -23,16 +24,23 @@ from modip_ray.timing import Timer, merge_snapshots
 
 IN_FLIGHT = 2                       # calls to a worker: the next slice begins when the last one ends
 HOPELESS = 8                        # deaths of one slot's workers in a row, each without any report, that end the run where no other worker is there
+QUIET_DEATHS = 2                    # of workers before they are ready: Ray first puts a new one on the node that it does not know to be dead yet
 BACK_OFF_S = 30.0                   # longest pause before a slot whose workers die at once is filled again
 GONE = "gone"                       # times of all workers that were lost
 ALONE_S = 60.0                      # without any worker for so long: say so
+
+
+def short(error: BaseException) -> str:
+    """One plain line of what Ray says in many: of an actor whose constructor raised, what it raised."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return lines[-1] if "creation task" in lines[0] else lines[0]
 
 
 def raise_cause(error: Exception, who: str) -> NoReturn:
     """What an actor's method raised: errors of environments and hooks as they are, Ray's own (another actor that is gone) as RunError."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayError):
-        raise RunError(f"{who}: {type(cause).__name__}: {str(cause).splitlines()[0]}; the same command resumes from the last checkpoint") from error
+        raise RunError(f"{who}: {type(cause).__name__}: {short(cause)}; the same command resumes from the last checkpoint") from error
     raise cause from error
 
 
@@ -148,7 +156,8 @@ class RolloutPool:
         slot.actor = slot.hello = slot.member = None
         slot.calls, slot.deaths, self.lost = {}, slot.deaths + 1, self.lost + ready
         slot.fill_at = time.monotonic() + (min(BACK_OFF_S, 2.0 ** (slot.deaths - 2)) if slot.deaths > 1 else 0.0)
-        self.incidents.append(f"{slot.name} {why}{'' if ready else ' before it was ready'}; a new one is asked for, {len(self.members)} there")
+        if ready or slot.deaths > QUIET_DEATHS:
+            self.incidents.append(f"{slot.name} {why}{'' if ready else ' before it was ready'}; a new one is asked for, {len(self.members)} there")
         if slot.deaths >= HOPELESS and not self.members:
             raise RunError(f"{slot.name} {why}: {slot.deaths} times in a row, without a step between, and no other worker is there. "
                            "Look at the memory of its node and at the environment; the same command resumes from the last checkpoint")

@@ -18,7 +18,7 @@ from modip_ray.actors.evaluators import Evaluators
 from modip_ray.actors.learner import LearnerActor, LearnerReport
 from modip_ray.actors.placement import PROBE, options
 from modip_ray.actors.planner import PlannerActor
-from modip_ray.actors.pool import RolloutPool, raise_cause
+from modip_ray.actors.pool import RolloutPool, raise_cause, short
 from modip_ray.actors.replay import ReplayActor
 from modip_ray.actors.weights import WeightStore
 from modip_ray.config import ConfigError
@@ -259,7 +259,7 @@ class RaySystem:
         except RayTaskError as error:
             raise_cause(error, who)
         except RayActorError as error:
-            raise RunError(f"{who} died ({str(error).splitlines()[0]}); the same command resumes from the last checkpoint") from error
+            raise RunError(f"{who} died ({short(error)}); the same command resumes from the last checkpoint") from error
 
     def close(self) -> None:
         self.cluster.close()
