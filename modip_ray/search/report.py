@@ -62,9 +62,12 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def ranked(trials: Sequence[TrialResult], search: Search) -> list[TrialResult]:
-    """Best last report first; trials without one last."""
+    """Those that came furthest first, among equals the best last report; trials without one last.
+
+    A trial that the scheduler stopped was worse than others after as many steps, even where its score is above what those ended with.
+    """
     sign = -1.0 if search.mode == "max" else 1.0
-    return sorted(trials, key=lambda t: (t.last(search.metric) is None, sign * (t.last(search.metric) or 0.0), t.number))
+    return sorted(trials, key=lambda t: (-(t.last("training_iteration") or 0), sign * (t.last(search.metric) or 0.0), t.number))
 
 
 def summary(search: Search, trials: Sequence[TrialResult], wall_s: float) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Lines(Callback):
         ci = flat.get(f"{self.metric.split('/')[0]}/ci95") if self.metric.endswith("/mean") else None
         line = f"trial {number_of(trial)}: {at} of {self.iterations}  {flat['env_steps']:,} steps  {self.metric} {number(flat[self.metric])}"
         line += f" [{interval(ci)}]" if ci else ""
-        line += f"  best {number(done[best])} (trial {number_of(best)})"
+        line += f"  best so far {number(done[best])} (trial {number_of(best)})"
         stopped = flat.get("done") and at < self.iterations
         print(line + ("  stopped here" if stopped else ""), flush=True)
 
