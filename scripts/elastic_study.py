@@ -93,7 +93,7 @@ def scale(nodes: Nodes, run: Path, going: threading.Thread) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--env-steps", type=int, default=20_000, help="the run's length; it must outlast the four sizes")
+    parser.add_argument("--env-steps", type=int, default=14_000, help="the run's length; it must outlast the four sizes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, environment({name: "1" for name in THREADS} | NICENESS):
         run = Path(folder) / "run"
@@ -113,7 +113,7 @@ def main() -> None:
             going.join()
             (summary,) = summaries
             rows = read_metrics(run)
-            last = [row for row in rows if row["kind"] == "system"][-1]
+            last = [row for row in rows if "rollout/acknowledged" in row][-1]
             result = {"command": command_line(), "git": git_commit(), "machine": machine(), "versions": versions(), "step_s": STEP_S, "sizes": found,
                       "restarts_of_the_run": sum(row["kind"] == "resume" for row in rows), "env_steps": summary["env_steps"], "updates": summary["updates"],
                       "acknowledged": last["rollout/acknowledged"], "stored": last["replay/stored"]}
