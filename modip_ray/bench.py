@@ -175,10 +175,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(j(cell, w) for j, cell, w in zip(justify, line, width, strict=True)).rstrip() for line in lines)
 
 
-def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds: float = 1.0, overrides: Sequence[str] = ()) -> list[Row]:
+def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds: float = 1.0, overrides: Sequence[str] = (),
+              tdmpc2: Path | None = None) -> list[Row]:
     """Measure the groups in `what` ("all": every one), print a table each, write JSON when asked. ValueError on an unknown group.
 
     seconds: time for each timed function; overrides: dotted settings that differ from configs/default.yaml.
+    tdmpc2: a checkout of TD-MPC2 that planner and learner are also timed against.
     """
     for name in what:
         if name not in (*BENCHES, "all"):
@@ -191,6 +193,9 @@ def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds:
     try:
         for name in names:
             found = BENCHES[name](setting)
+            if tdmpc2 is not None and name in ("planner", "learner"):
+                from modip_ray.bench_tdmpc2 import against
+                found += against(setting, tdmpc2, name)
             print(table(found) + "\n", flush=True)
             rows += found
     finally:
@@ -209,9 +214,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows there, with machine, git commit and versions")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each timed function (default 1)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from the defaults, e.g. planner.gaussian=128")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of TD-MPC2: planner and learner at its shapes, by turns with its own")
     args = parser.parse_args(argv)
     try:
-        run_bench(args.what, args.json, args.seconds, args.set)
+        run_bench(args.what, args.json, args.seconds, args.set, args.against)
     except ValueError as error:                     # an unknown group or setting: the message says it all
         parser.error(str(error))
 

@@ -43,7 +43,7 @@ class Learner:
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.updates, self.policy_updates = 0, 0
         self.model_loss, self.policy_loss = self.world_model_and_value_loss, self.policy.loss
-        if uses_compile(cfg):
+        if uses_compile(cfg) and cfg.resources.learner_precision == "fp32":         # torch 2.13 generates invalid code for bf16 backward passes
             self.model_loss, self.policy_loss = compiled(self.model_loss, "the learner"), compiled(self.policy_loss, "the policy learner")
         w = cfg.world_model
         encoder = list(agent.world_model.encoder.parameters())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch
 
 from modip_ray.config import Config
 
@@ -46,7 +47,8 @@ def compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
         nonlocal works
         if works:
             try:
-                return fast(*args)
+                with functorch.patch(force_non_lazy_backward_lowering=True):        # an error of the backward pass shows here, not in backward()
+                    return fast(*args)
             except compile_errors() as error:
                 works = False
                 tell(f"modip: {what} runs uncompiled: {type(error).__name__}: {str(error).splitlines()[0]}")
