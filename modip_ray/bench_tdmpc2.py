@@ -1,7 +1,8 @@
 """Against a checkout of TD-MPC2 (github.com/nicklashansen/tdmpc2) that the user has: one plan and one update at its 5 M parameter shapes, by turns.
 
 Its own code runs uncompiled on the CPU. For that its text is read with "cuda:0" as "cpu" and without Adam's `capturable`, which is for CUDA graphs;
-what it imports for its command line (hydra, omegaconf) is replaced by empty modules. tensordict must be installed. Ours has its latent and widths (512), horizon 3, 5 critics, 512 candidates in 6 iterations, batch 256.
+what it imports for its command line (hydra, omegaconf) is replaced by empty modules. tensordict must be installed.
+Ours has its latent and widths (512), horizon 3, 5 critics, 512 candidates in 6 iterations, batch 256.
 """
 
 from __future__ import annotations
