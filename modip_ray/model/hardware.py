@@ -11,7 +11,7 @@ from torch._functorch import config as functorch
 
 from modip_ray.config import Config
 
-COMPILE_FROM = 100_000              # updates of a run that repay about a minute of compiling
+COMPILE_FROM = 200_000              # updates of a run that repay about a minute of compiling
 
 _told: set[str] = set()
 

@@ -76,7 +76,7 @@ def test_precision_by_settings_and_hardware(make_planner, monkeypatch):
 
 
 @pytest.mark.parametrize("settings, expected", [(["resources.compile=true"], True), (["resources.compile=false", "pretrain.updates=10000000"], False),
-                                                ([], False), (["pretrain.updates=100000"], True), (["online.env_steps=1000000"], True)])
+                                                ([], False), (["pretrain.updates=200000"], True), (["online.env_steps=1000000"], True)])
 def test_compilation_follows_from_the_settings_alone(make_planner, settings, expected):
     assert hardware.uses_compile(make_planner(*settings).cfg) is expected
 
