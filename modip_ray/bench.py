@@ -10,98 +10,27 @@ import argparse
 import copy
 import json
 import pickle
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from modip_ray import bench_kernels
+from modip_ray.bench_rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
 from modip_ray.config import Config, ConfigError, load, nearest, task_names
 from modip_ray.learning.env_source import env_factory
 from modip_ray.learning.learner import Learner
-from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment
-from modip_ray.model.agent import Agent
+from modip_ray.learning.replay import Segment
 from modip_ray.planning.planner import Planner
 from modip_ray.runfolder import command_line, git_commit, machine, versions
 from modip_ray.tasks.env_group import EnvGroup
 
-OBS_DIM, ACTION_DIM = 17, 6                         # HalfCheetah's and Walker2d's
 MUJOCO = ("halfcheetah", "hopper", "walker2d")      # families whose environments are fast
 PLAN_ROWS = (1, 8, 16, 64)
 MATRIX = 768                                        # size of the square matrix product that stands for the machine's peak
-CALLS_AT_LEAST = 3
-
-
-@dataclass(frozen=True)
-class Row:
-    """A measurement, and a reference in the same unit. ratio: value / reference."""
-
-    name: str
-    value: float
-    unit: str
-    reference: float | None = None
-    ratio: float | None = None
-    against: str = ""                               # what the reference is
-
-
-def compared(name: str, value: float, unit: str, reference: float, against: str) -> Row:
-    return Row(name, value, unit, reference, value / reference, against)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What every measurement gets: the settings, and the seconds it may take for each function that it times."""
-
-    cfg: Config
-    seconds: float
-
-    def medians(self, *functions: Callable[[], object]) -> list[float]:
-        """Median seconds of a call of each. Calls take turns, so that a busy machine slows all of them alike."""
-        for function in functions:                  # the first call pays for allocations and caches
-            function()
-        times: list[list[float]] = [[] for _ in functions]
-        end = time.perf_counter() + self.seconds * len(functions)
-        while time.perf_counter() < end or len(times[0]) < CALLS_AT_LEAST:
-            for function, measured in zip(functions, times, strict=True):
-                start = time.perf_counter()
-                function()
-                measured.append(time.perf_counter() - start)
-        return [statistics.median(t) for t in times]
-
-    @cached_property
-    def agent(self) -> Agent:
-        torch.manual_seed(self.cfg.seed)
-        return Agent(self.cfg, OBS_DIM, ACTION_DIM)
-
-    @cached_property
-    def replay(self) -> MixedReplay:
-        """Synthetic episodes: as many offline transitions as a run collects, a tenth of that online, with plans."""
-        cfg, rng = self.cfg, np.random.default_rng(0)
-        length = min(cfg.task.max_episode_steps, cfg.data.transitions)
-        episodes = max(cfg.data.transitions // length, 1)
-        offline = ReplayBuffer(episodes * length, OBS_DIM, ACTION_DIM, cfg.critic.gamma)
-        online = ReplayBuffer(max(episodes // 10, 1) * length, OBS_DIM, ACTION_DIM, cfg.critic.gamma, cfg.planner.horizon)
-        for i in range(episodes + max(episodes // 10, 1)):
-            plans = rng.uniform(-1, 1, (length, cfg.planner.horizon, ACTION_DIM)).astype(np.float32) if i >= episodes else None
-            gains = np.ones(length, np.float32) if i >= episodes else None
-            (offline if i < episodes else online).add(Segment(
-                rng.standard_normal((length + 1, OBS_DIM), dtype=np.float32), rng.uniform(-1, 1, (length, ACTION_DIM)).astype(np.float32),
-                rng.standard_normal(length, dtype=np.float32), i % 2 == 0, plans, gains))
-        return MixedReplay(offline, online, 0, cfg.distill.target == "planned")
-
-    def model_batch(self) -> dict[str, np.ndarray]:
-        w = self.cfg.world_model
-        return self.replay.sequences(w.batch_size, w.horizon, self.cfg.critic.n_step, 0.5)
-
-    def policy_batch(self) -> dict[str, np.ndarray]:
-        p = self.cfg.policy
-        return self.replay.chunks(p.batch_size, p.horizon, self.cfg.critic.n_step, 0.5)
-
 
 Bench = Callable[[Setting], list[Row]]
 BENCHES: dict[str, Bench] = {}
@@ -142,7 +71,8 @@ def planner(s: Setting) -> list[Row]:
     peak, reached = 2 * MATRIX**3 / product / 1e9, flops(call(demo)) / (demo / rate[demo]) / 1e9
     return [compared("planner.plans_per_s", rate[demo], "plans/s", rate[1], f"1 row a call, not {demo}"),
             *(compared(f"planner.plans_per_s.rows_{n}", rate[n], "plans/s", rate[1], "1 row a call") for n in PLAN_ROWS),
-            compared("planner.roofline", reached, "GFLOP/s", peak, f"a {MATRIX}x{MATRIX} matrix product; {demo} rows a call")]
+            compared("planner.roofline", reached, "GFLOP/s", peak, f"a {MATRIX}x{MATRIX} float32 matrix product; {demo} rows a call"),
+            *bench_kernels.precision_and_compilation(s), *bench_kernels.tails(s)]
 
 
 @bench("learner")
@@ -152,8 +82,9 @@ def learner(s: Setting) -> list[Row]:
     updates = {"model": lambda: learn.update_model(model_batch), "policy": lambda: learn.update_policy(policy_batch, distil=True)}
     *seconds, product = s.medians(*updates.values(), matrix_product())
     peak = 2 * MATRIX**3 / product
-    return [compared(f"learner.{name}_update_ms", 1e3 * t, "ms", 1e3 * flops(update) / peak, "its matrix products at the measured peak")
+    rows = [compared(f"learner.{name}_update_ms", 1e3 * t, "ms", 1e3 * flops(update) / peak, "its matrix products at the measured peak")
             for (name, update), t in zip(updates.items(), seconds, strict=True)]
+    return rows + bench_kernels.targets(s) + bench_kernels.compilation(s)
 
 
 @bench("replay")
@@ -166,8 +97,8 @@ def replay(s: Setting) -> list[Row]:
     n = min(s.cfg.rollout.segment_length, online.capacity)
     segment = Segment(np.zeros((n + 1, OBS_DIM), np.float32), np.zeros((n, ACTION_DIM), np.float32), np.ones(n, np.float32), False)
     add, _ = s.medians(lambda: online.add(segment), lambda: None)
-    size = f"numpy copy of the same {sum(v.nbytes for v in batch.values()) // 1024} KiB"
-    return [compared("replay.sample_vs_memcpy", 1e3 * ours, "ms", 1e3 * copied, size),
+    size = f"numpy copy of the same {sum(v.nbytes for v in batch.values()) // 1024} KiB, warm"
+    return [*bench_kernels.gather(s), compared("replay.batch_vs_memcpy", 1e3 * ours, "ms", 1e3 * copied, size),
             compared("replay.chunks_vs_memcpy", 1e3 * chunk, "ms", 1e3 * chunk_copied, "numpy copy of the same bytes"),
             Row("replay.add_transitions_per_s", n / add, "1/s")]
 
@@ -273,10 +204,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(j(cell, w) for j, cell, w in zip(justify, line, width, strict=True)).rstrip() for line in lines)
 
 
-def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds: float = 1.0, overrides: Sequence[str] = ()) -> list[Row]:
+def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds: float = 1.0, overrides: Sequence[str] = (),
+              tdmpc2: Path | None = None) -> list[Row]:
     """Measure the groups in `what` ("all": every one), print a table each, write JSON when asked. ValueError on an unknown group.
 
     seconds: time for each timed function; overrides: dotted settings that differ from configs/default.yaml.
+    tdmpc2: a checkout of TD-MPC2 that planner and learner are also timed against.
     """
     for name in what:
         if name not in (*BENCHES, "all"):
@@ -289,6 +222,9 @@ def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds:
     try:
         for name in names:
             found = BENCHES[name](setting)
+            if tdmpc2 is not None and name in ("planner", "learner"):
+                from modip_ray.bench_tdmpc2 import against
+                found += against(setting, tdmpc2, name)
             print(table(found) + "\n", flush=True)
             rows += found
     finally:
@@ -307,9 +243,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows there, with machine, git commit and versions")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each timed function (default 1)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from the defaults, e.g. planner.gaussian=128")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of TD-MPC2: planner and learner at its shapes, by turns with its own")
     args = parser.parse_args(argv)
     try:
-        run_bench(args.what, args.json, args.seconds, args.set)
+        run_bench(args.what, args.json, args.seconds, args.set, args.against)
     except ValueError as error:                     # an unknown group or setting: the message says it all
         parser.error(str(error))
 

@@ -197,6 +197,9 @@ class Eval:
 @dataclass(frozen=True)
 class Resources:
     device: str
+    precision: Literal["fp32", "bf16", "auto"]
+    learner_precision: Literal["fp32", "bf16"]
+    compile: Literal[True, False, "auto"]
     planner_gpus: float
     learner_gpus: float
     planner_cpus: float

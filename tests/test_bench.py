@@ -10,7 +10,7 @@ from modip_ray.model.networks import mlp
 
 SMALL = ["policy.width=32", "policy.batch_size=16", "world_model.width=32", "world_model.latent=16", "world_model.batch_size=16", "critic.width=16",
          "planner.proposals=4", "planner.gaussian=4", "planner.elites=3", "planner.iterations=1",
-         "data.transitions=2000", "rollout.num_workers=1", "rollout.envs_per_worker=2"]
+         "data.transitions=2000", "rollout.num_workers=1", "rollout.envs_per_worker=2", "resources.compile=false"]
 
 
 def flags():
@@ -25,6 +25,8 @@ def test_every_group_measures_and_the_json_says_where(tmp_path, capsys):
     rows = {row["name"]: row for row in report["rows"]}
     assert len(rows) == len(report["rows"])
     expected = {"planner.plans_per_s", *(f"planner.plans_per_s.rows_{n}" for n in (1, 8, 16, 64)), "planner.roofline",
+                "planner.bf16_compile_vs_eager_fp32", "planner.v_tail_vs_q_tail", *(f"planner.v_tail_vs_q_tail.steps_{n}" for n in (1, 2, 5, 10)),
+                "learner.policy_independent_vs_coupled", "learner.compiled_vs_eager",
                 "learner.model_update_ms", "learner.policy_update_ms", "replay.sample_vs_memcpy", "weights.publish_ms",
                 *(f"envs.steps_per_s.{t}" for t in ("halfcheetah", "hopper", "walker2d"))}
     assert expected <= set(rows)
@@ -32,7 +34,7 @@ def test_every_group_measures_and_the_json_says_where(tmp_path, capsys):
         assert row["value"] > 0 and row["unit"] and name in printed
         if row["reference"] is not None:
             assert row["ratio"] == pytest.approx(row["value"] / row["reference"]) and row["against"]
-    assert rows["planner.roofline"]["ratio"] < 1 and rows["replay.sample_vs_memcpy"]["ratio"] > 1
+    assert rows["planner.roofline"]["ratio"] < 1 and 0 < rows["replay.sample_vs_memcpy"]["ratio"] < 1.5
 
 
 def test_only_what_was_asked_for(capsys):

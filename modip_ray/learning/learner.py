@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from modip_ray.config import Config
 from modip_ray.learning.distill import imitation_weights
 from modip_ray.model.agent import Agent
 from modip_ray.model.critic import td_target
+from modip_ray.model.hardware import compiled, uses_compile
 from modip_ray.model.networks import ema_update
 
 Metrics = dict[str, Tensor]
+T = TypeVar("T")
 
 
 def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -39,6 +42,9 @@ class Learner:
         self.target_critic = copy.deepcopy(agent.critic).requires_grad_(False)
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.updates, self.policy_updates = 0, 0
+        self.model_loss, self.policy_loss = self.world_model_and_value_loss, self.policy.loss
+        if uses_compile(cfg) and cfg.resources.learner_precision == "fp32":         # torch 2.13 generates invalid code for bf16 backward passes
+            self.model_loss, self.policy_loss = compiled(self.model_loss, "the learner"), compiled(self.policy_loss, "the policy learner")
         w = cfg.world_model
         encoder = list(agent.world_model.encoder.parameters())
         rest = [p for p in agent.world_model.parameters() if not any(p is e for e in encoder)] + list(agent.critic.parameters())
@@ -55,15 +61,23 @@ class Learner:
 
     def update_model(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """One step of world model and critic on a batch of `ReplayBuffer.sequences`."""
-        cfg, model, critic = self.cfg, self.agent.world_model, self.agent.critic
-        b = to_tensors(batch, self.device)
-        norm = self.agent.normalizer
+        loss, metrics = self.with_precision(self.model_loss, to_tensors(batch, self.device))
+        self.model_opt.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.model_params, self.cfg.world_model.grad_clip)
+        self.model_opt.step()
+        ema_update(self.target_critic, self.agent.critic, self.cfg.critic.tau)
+        self.updates += 1
+        return {**metrics, "model/grad_norm": grad_norm.detach()}
+
+    def world_model_and_value_loss(self, b: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        cfg, model, critic, norm = self.cfg, self.agent.world_model, self.agent.critic, self.agent.normalizer
         obs = norm.obs(b["obs"])                                                    # (B, H+1, Do)
         actions = norm.action(b["action"])                                          # (B, H, Da)
         horizon = actions.shape[1]
         with torch.no_grad():
-            z_true = model.encode(obs[:, 1:])                                       # (B, H, Dz) consistency targets
-            z_boot = model.encode(norm.obs(b["bootstrap_obs"]))                     # (B, H+1, Dz)
+            ahead = model.encode(torch.cat([obs[:, 1:], norm.obs(b["bootstrap_obs"])], 1))            # (B, H + H+1, Dz)
+            z_true, z_boot = ahead.split([horizon, horizon + 1], 1)                 # consistency targets; where the values' targets bootstrap
             y = td_target(b["n_step_return"], b["discount"], self.target_critic(z_boot).mean(0))      # (B, H+1)
         latents, rewards, terminations = model.rollout(model.encode(obs[:, 0]), actions)
         mask, count = b["mask"], b["mask"].sum().clamp(min=1)                       # (B, H)
@@ -77,29 +91,29 @@ class Learner:
         value = (critic.loss(latents, y).mean(0) * value_mask).sum() / value_mask.sum().clamp(min=1)
         w = cfg.world_model
         loss = w.consistency * consistency + w.reward * reward + w.termination * model.terminates * termination + cfg.critic.weight * value
-        self.model_opt.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.model_params, w.grad_clip)
-        self.model_opt.step()
-        ema_update(self.target_critic, critic, cfg.critic.tau)
-        self.updates += 1
-        return {"loss/consistency": consistency.detach(), "loss/reward": reward.detach(), "loss/termination": termination.detach(),
-                "loss/value": value.detach(), "model/grad_norm": grad_norm.detach(), "value/target_mean": y.mean(), "value/target_std": y.std()}
+        return loss, {"loss/consistency": consistency.detach(), "loss/reward": reward.detach(), "loss/termination": termination.detach(),
+                      "loss/value": value.detach(), "value/target_mean": y.mean(), "value/target_std": y.std()}
 
     def update_policy(self, batch: Mapping[str, np.ndarray], distil: bool) -> Metrics:
         """One denoising step on a batch of `ReplayBuffer.chunks`; `distil` applies the imitation rule, else plain behaviour cloning."""
         b = to_tensors(batch, self.device)
         obs, chunk = self.agent.normalizer.obs(b["obs"]), self.agent.normalizer.action(b["chunk"])    # (B, Do), (B, H, Da)
-        weight = self.weights(b, obs) if distil else torch.ones(len(obs), device=self.device)         # (B,)
+        plain = not distil or self.cfg.distill.rule == "all"                        # every row counts 1: no value is asked for
+        weight = torch.ones(len(obs), device=self.device) if plain else self.weights(b, obs)          # (B,)
         t = torch.randint(self.policy.denoising_steps, (len(obs),), generator=self.rng, device=self.device)
         noise = torch.randn(chunk.shape, generator=self.rng, device=self.device)
-        loss = self.policy.loss(obs, chunk, weight, b["mask"], t, noise)
+        loss = self.with_precision(self.policy_loss, obs, chunk, weight, b["mask"], t, noise)
         self.policy_opt.zero_grad()
         loss.backward()
         self.policy_opt.step()
         self.policy_updates += 1
         ema_update(self.agent.policy, self.policy, 1 - self.ema_decay())
         return {"loss/policy": loss.detach(), "distill/share": (weight > 0).float().mean()}
+
+    def with_precision(self, loss: Callable[..., T], *args: Any) -> T:
+        """A loss with its matrix products in bf16 where resources.learner_precision says so; their gradients follow."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.resources.learner_precision == "bf16"):
+            return loss(*args)
 
     def ema_decay(self) -> float:
         """Warm-up as in Diffusion Policy: early steps average over fewer updates, so the start point is forgotten."""

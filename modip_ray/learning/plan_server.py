@@ -9,6 +9,8 @@ import numpy as np
 from modip_ray.config import Config
 from modip_ray.learning.collector import Planned, Query
 from modip_ray.learning.weights import Newer, load_parts
+from modip_ray.model.hardware import uses_compile
+from modip_ray.planning.compiled import CompileBeside
 from modip_ray.planning.planner import Planner
 
 
@@ -20,6 +22,7 @@ class PlanServer:
         self.device = str(planner.device)
         self.incarnations: dict[Hashable, tuple[str, int]] = {}
         self.pending: tuple[Newer, int] | None = None
+        self.compiling = CompileBeside(planner.search) if uses_compile(cfg) else None
 
     def __call__(self, queries: list[Query]) -> list[Planned | Exception]:
         self.swap_weights()

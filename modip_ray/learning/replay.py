@@ -45,23 +45,27 @@ def discounted_suffix(rewards: np.ndarray, gamma: float) -> np.ndarray:
 
 
 class ReplayBuffer:
-    """A ring over `capacity` transitions. Not thread-safe: its owner calls it from one place."""
+    """A ring over `capacity` transitions. Not thread-safe: its owner calls it from one place.
+
+    A transition is one row of numbers, so a sequence lies in one piece of memory and is gathered at once. What comes after a transition is the next
+    record's observation; only the last observation of a segment is kept apart, by the position of the segment's end.
+    """
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, gamma: float, plan_horizon: int = 0):
         self.capacity, self.gamma, self.plan_horizon = capacity, gamma, plan_horizon
         self.size, self.head, self.total = 0, 0, 0
-        self.arrays: Batch = {
-            "obs": np.zeros((capacity, obs_dim), np.float32),
-            "next_obs": np.zeros((capacity, obs_dim), np.float32),
-            "action": np.zeros((capacity, action_dim), np.float32),
-            "reward": np.zeros(capacity, np.float32),
-            "suffix": np.zeros(capacity, np.float64),          # discounted return to the segment's end
-            "remaining": np.zeros(capacity, np.int32),         # transitions from here to the segment's end, this one included
-            "terminated": np.zeros(capacity, bool),            # the *segment* ends in a real termination
-            "gain": np.full(capacity, np.nan, np.float32),
-        }
-        if plan_horizon:
-            self.arrays["plan"] = np.zeros((capacity, plan_horizon, action_dim), np.float32)
+        widths = {"obs": obs_dim, "action": action_dim, "reward": 1,
+                  "suffix": 1,                                 # discounted return to the segment's end
+                  "gain": 1,
+                  "remaining": 1,                              # transitions from here to the segment's end, this one included
+                  "terminated": 1,                             # the *segment* ends in a real termination
+                  "plan": plan_horizon * action_dim}
+        ends = np.cumsum(list(widths.values()))
+        self.columns = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends.tolist(), strict=True) if width}
+        self.records = np.zeros((capacity, ends[-1]), np.float32)
+        self.arrays: Batch = self.fields(self.records)         # views, by field
+        self.gamma_powers = (gamma ** np.arange(64)).astype(np.float32)
+        self.ends: dict[int, np.ndarray] = {}                  # the true observation (Do,) behind the last action of the segment that ends there
 
     def add(self, segment: Segment) -> None:
         """Append; the oldest transitions make room. ValueError on wrong shapes, non-finite numbers or a segment longer than the ring."""
@@ -69,14 +73,16 @@ class ReplayBuffer:
         n = len(segment)
         at = (self.head + np.arange(n)) % self.capacity
         a = self.arrays
-        a["obs"][at], a["next_obs"][at] = segment.observations[:-1], segment.observations[1:]
-        a["action"][at], a["reward"][at] = segment.actions, segment.rewards
+        for position in at[a["remaining"][at] == 1].tolist():                       # segments that end here are overwritten
+            self.ends.pop(position, None)
+        a["obs"][at], a["action"][at], a["reward"][at] = segment.observations[:-1], segment.actions, segment.rewards
         a["suffix"][at] = discounted_suffix(segment.rewards, self.gamma)[:-1]
         a["remaining"][at] = np.arange(n, 0, -1)
         a["terminated"][at] = segment.terminated
         a["gain"][at] = np.nan if segment.gains is None else segment.gains
         if self.plan_horizon:
             a["plan"][at] = 0 if segment.plans is None else segment.plans
+        self.ends[int(at[-1])] = np.array(segment.observations[-1], np.float32)
         self.head = (self.head + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
         self.total += n
@@ -110,26 +116,46 @@ class ReplayBuffer:
         mask (B, H): the step exists; value_mask (B, H+1): s_{t+k} starts a stored step; n_step_return (B, H+1) = sum_{j<n} gamma^j r_{t+k+j};
         discount (B, H+1) = gamma^n, 0 after a termination; bootstrap_obs (B, H+1, Do) = s_{t+k+n}. n is cut at the segment's end.
         """
-        a, k = self.arrays, np.arange(horizon + 1)
-        remaining = a["remaining"][start].astype(np.int64)                          # (B,)
-        step = np.minimum(k, remaining[:, None] - 1)                                # (B, H+1) offsets that stay inside the segment
-        at = (start[:, None] + step) % self.capacity
-        exists = k < remaining[:, None]                                             # (B, H+1)
-        n = np.minimum(n_step, remaining[:, None] - step)                           # (B, H+1) steps really summed
-        last = (at + n - 1) % self.capacity
-        inside = (remaining[:, None] - step) > n                                    # the segment goes on behind the n steps
-        after = (last + 1) % self.capacity
-        gamma_n = self.gamma ** n
-        n_step_return = a["suffix"][at] - gamma_n * np.where(inside, a["suffix"][after], 0.0)
-        ended = ~inside & a["terminated"][at]
-        obs = a["obs"][at]
-        past_end = k == remaining[:, None]                                          # the true observation behind the segment's last action
-        obs[past_end] = a["next_obs"][at[past_end]]
-        terminated = a["terminated"][at] & (k + 1 == remaining[:, None])
-        return {"obs": obs, "action": a["action"][at[:, :horizon]], "reward": a["reward"][at[:, :horizon]], "terminated": terminated[:, :horizon],
-                "mask": exists[:, :horizon].astype(np.float32), "value_mask": exists.astype(np.float32),
-                "n_step_return": n_step_return.astype(np.float32), "discount": np.where(ended, 0.0, gamma_n).astype(np.float32),
-                "bootstrap_obs": a["next_obs"][last]}
+        k = np.arange(horizon + 1)
+        remaining = self.arrays["remaining"][start, None]                           # (B, 1)
+        step = np.minimum(k, remaining - 1)                                         # (B, H+1) offsets that stay inside the segment
+        n = np.minimum(n_step, remaining - step)                                    # (B, H+1) steps really summed
+        inside = remaining - step > n                                               # the segment goes on behind the n steps
+        after = step + n - ~inside                                                  # where the n steps lead, or the segment's last record
+        positions = start[:, None] + np.concatenate([step, after], 1)
+        positions[positions >= self.capacity] -= self.capacity
+        got = self.records.take(positions.ravel(), 0, mode="clip").reshape(len(start), 2, horizon + 1, self.records.shape[1])   # the one gather
+        here, there = self.fields(got[:, 0]), self.fields(got[:, 1])                # (B, H+1, .)
+        gamma_n = self.powers(n)
+        obs, bootstrap = np.ascontiguousarray(here["obs"]), np.ascontiguousarray(there["obs"])
+        last = (start[:, None] + remaining - 1) % self.capacity                     # (B, 1) the segment's last record
+        self.put_ends(obs, k == remaining, last)                                    # the true observation behind the segment's last action
+        self.put_ends(bootstrap, ~inside, last)
+        terminated, exists = here["terminated"] > 0, k < remaining
+        return {"obs": obs, "action": np.ascontiguousarray(here["action"][:, :horizon]), "reward": np.ascontiguousarray(here["reward"][:, :horizon]),
+                "terminated": (terminated & (k + 1 == remaining))[:, :horizon], "mask": exists[:, :horizon].astype(np.float32),
+                "value_mask": exists.astype(np.float32), "n_step_return": here["suffix"] - gamma_n * (there["suffix"] * inside),
+                "discount": gamma_n * (inside | ~terminated), "bootstrap_obs": bootstrap}
+
+    def fields(self, records: np.ndarray) -> Batch:
+        """Views (..., width) of records (..., F) by name, numbers without their axis of one. float32; remaining and terminated share its memory as int32."""
+        whole = records.view(np.int32)
+        found = {name: (whole if name in ("remaining", "terminated") else records)[..., columns] for name, columns in self.columns.items()}
+        if self.plan_horizon:
+            found["plan"] = found["plan"].reshape(*records.shape[:-1], self.plan_horizon, self.columns["action"].stop - self.columns["action"].start)
+        return {name: v[..., 0] if name in ("reward", "suffix", "gain", "remaining", "terminated") else v for name, v in found.items()}
+
+    def powers(self, n: np.ndarray) -> np.ndarray:
+        """gamma^n, float32, for n >= 0."""
+        if n.max(initial=0) >= len(self.gamma_powers):
+            return np.power(self.gamma, n).astype(np.float32)
+        return self.gamma_powers[n]
+
+    def put_ends(self, obs: np.ndarray, where: np.ndarray, last: np.ndarray) -> None:
+        """Into obs (B, K, Do), where (B, K) says so: the observation behind the segment that ends at position last (B, 1)."""
+        rows, columns = np.nonzero(where)
+        for row, column, position in zip(rows.tolist(), columns.tolist(), last[rows, 0].tolist(), strict=True):
+            obs[row, column] = self.ends[position]
 
     def chunks(self, start: np.ndarray, horizon: int, n_step: int, planned: bool) -> Batch:
         """Targets of the denoising loss, from start positions (B,).
@@ -148,12 +174,13 @@ class ReplayBuffer:
 
     def state(self) -> Batch:
         """Contents as arrays, oldest numbers included, for a checkpoint."""
-        return {**{k: v[: self.size] for k, v in self.arrays.items()}, "cursor": np.array([self.size, self.head, self.total], np.int64)}
+        ends = {"end_positions": np.array(list(self.ends), np.int64), "end_obs": np.array(list(self.ends.values()), np.float32)}
+        return {**{k: v[: self.size] for k, v in self.arrays.items()}, **ends, "cursor": np.array([self.size, self.head, self.total], np.int64)}
 
     def load_state(self, state: Batch) -> None:
         """Inverse of `state`; ValueError when it does not fit this buffer."""
         size, head, total = (int(x) for x in state["cursor"])
-        missing = sorted(set(self.arrays) - set(state))
+        missing = sorted({*self.arrays, "end_positions", "end_obs"} - set(state))
         if size > self.capacity or missing:
             raise ValueError(f"replay checkpoint does not fit: {size} transitions for a capacity of {self.capacity}, missing arrays: {missing or 'none'}")
         wrong = [f"{k} {state[k].shape}, expected {(size, *v.shape[1:])}" for k, v in self.arrays.items() if state[k].shape != (size, *v.shape[1:])]
@@ -162,6 +189,8 @@ class ReplayBuffer:
         shift = head if size < self.capacity else 0             # a full ring restored into a larger one: unroll it, oldest first
         for k, v in self.arrays.items():
             v[:size] = np.roll(state[k], -shift, 0)
+        positions = (state["end_positions"] - shift) % max(size, 1)
+        self.ends = dict(zip(positions.tolist(), np.array(state["end_obs"], np.float32), strict=True))
         self.size, self.head, self.total = size, size if size < self.capacity else head, total
 
 

@@ -39,6 +39,7 @@ class DiffusionPolicy(nn.Module):
     """
 
     alpha_bar: Tensor
+    time_features: Tensor
 
     def __init__(self, obs_dim: int, action_dim: int, horizon: int, denoising_steps: int = 20, width: int = 256, blocks: int = 2,
                  parametrization: str = "sample", network: str = "mlp"):
@@ -50,6 +51,7 @@ class DiffusionPolicy(nn.Module):
         self.horizon, self.action_dim, self.denoising_steps, self.parametrization = horizon, action_dim, denoising_steps, parametrization
         self.network = network
         self.register_buffer("alpha_bar", cosine_alpha_bar(denoising_steps))        # (K,)
+        self.register_buffer("time_features", timestep_features(torch.arange(denoising_steps), TIME_DIM), persistent=False)     # (K, TIME_DIM)
         self.obs_in = nn.Sequential(nn.Linear(obs_dim, width), nn.SiLU(), nn.Linear(width, width))
         if network == "mlp":                                                        # in this order: seeds and weight vectors depend on it
             self.chunk_in = nn.Linear(horizon * action_dim, width)
@@ -60,18 +62,28 @@ class DiffusionPolicy(nn.Module):
         else:
             self.unet = TemporalUNet(action_dim, horizon, width, blocks)
 
-    def embed(self, obs: Tensor, n: int = 1) -> Tensor:
-        """What denoise needs to know of obs (B, Do) for n samples a row: (B*n, W) for the MLP, (B, F) for the U-Net, whose samples share it."""
+    def embed(self, obs: Tensor) -> Tensor:
+        """What denoise needs to know of obs (B, Do), shared by a row's samples: (B, W) for the MLP, (B, F) for the U-Net."""
         features = self.obs_in(obs)                                                 # (B, W)
-        return features.repeat_interleave(n, 0) if self.network == "mlp" else self.unet.film_obs(features)
+        return features if self.network == "mlp" else self.unet.film_obs(features)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """(R, W) for steps t (R,). Where there are more rows than the K steps, each step is embedded once."""
+        if len(t) <= self.denoising_steps:
+            return self.time_in(self.time_features[t])
+        return self.time_in(self.time_features)[t]
 
     def denoise(self, obs_features: Tensor, noisy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Predictions of (clean chunk, noise), each (R, H*Da), from embed's features, noisy chunks (R, H*Da) and steps t (1,), or (R,) for R = B."""
-        time = self.time_in(timestep_features(t, TIME_DIM))                         # (R, W) or (1, W)
+        """Predictions of (clean chunk, noise), each (R, H*Da), from embed's features (B, .), noisy chunks (R, H*Da), the R/B samples of a row
+        one after the other, and steps t (1,) or (B,)."""
+        time = self.embed_time(t)                                                   # (B, W) or (1, W)
         if self.network == "mlp":
-            pred = self.out(self.trunk(obs_features + self.chunk_in(noisy) + time))     # (R, H*Da)
+            chunks = self.chunk_in(noisy).view(len(obs_features), -1, obs_features.shape[-1])       # (B, R/B, W)
+            hidden = self.trunk((chunks + (obs_features + time)[:, None]).flatten(0, 1))              # (R, W)
+            with torch.autocast(hidden.device.type, enabled=False):                 # actions in full precision
+                pred = self.out(hidden.to(noisy.dtype))                             # (R, H*Da)
         else:
-            pred = self.unet(obs_features, noisy, time)                             # (R, H*Da)
+            pred = self.unet(obs_features, noisy, time).to(noisy.dtype)             # (R, H*Da)
         signal = self.alpha_bar[t].sqrt().unsqueeze(-1)                             # (R, 1)
         sigma = (1 - self.alpha_bar[t]).sqrt().unsqueeze(-1)
         if self.parametrization == "eps":
@@ -98,7 +110,7 @@ class DiffusionPolicy(nn.Module):
         The observation is embedded once per row, however many samples and steps follow.
         """
         b, n = noise.shape[:2]
-        features = self.embed(obs, n)
+        features = self.embed(obs)
         x = noise.reshape(b * n, -1)                                                # (B*n, H*Da)
         times = ddim_timesteps(self.denoising_steps, steps)
         for t, t_next in zip(times, [*times[1:], -1], strict=True):

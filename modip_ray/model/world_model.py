@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from modip_ray.model.networks import SimNorm, mlp
+from modip_ray.model.networks import SimNormLinear, mlp
 
 
 class WorldModel(nn.Module):
@@ -21,10 +21,10 @@ class WorldModel(nn.Module):
         super().__init__()
         if latent % simnorm_group:
             raise ValueError(f"world_model.latent must be a multiple of world_model.simnorm_group={simnorm_group}, got {latent}")
-        self.encoder = mlp([obs_dim, width, latent], SimNorm(simnorm_group))
+        self.encoder = mlp([obs_dim, width, latent], SimNormLinear, group=simnorm_group)
         self.z_in, self.a_in = nn.Linear(latent, width), nn.Linear(action_dim, width, bias=False)
         self.trunk = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU())
-        self.next_z = nn.Sequential(nn.Linear(width, latent), SimNorm(simnorm_group))
+        self.next_z = nn.Sequential(SimNormLinear(width, latent, simnorm_group))
         self.heads = nn.Linear(width, 2)                                            # reward, termination logit
         self.register_buffer("reward_scale", torch.ones(()))
         self.register_buffer("terminates", torch.ones(()))                          # 0 where the data hold no termination: the head is untrained there
@@ -35,8 +35,16 @@ class WorldModel(nn.Module):
 
     def step(self, z: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (..., Dz), action (..., Da) -> next latent (..., Dz), reward (...) in units of reward_scale, termination logit (...)."""
-        x = self.trunk(self.z_in(z) + self.a_in(action))                            # (..., W)
-        reward, termination = self.heads(x).unbind(-1)
+        return self.advance(self.z_in(z), action)
+
+    def advance(self, hidden: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`step` from z_in(z), hidden (..., W): many actions that start from one latent share that product.
+
+        Under autocast the two scalars stay in full precision: a plan is chosen by small differences of large returns.
+        """
+        x = self.trunk(hidden + self.a_in(action))                                  # (..., W)
+        with torch.autocast(x.device.type, enabled=False):
+            reward, termination = self.heads(x.to(self.heads.weight.dtype)).unbind(-1)
         return self.next_z(x), reward, termination
 
     def rollout(self, z: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,21 +41,20 @@ def elite_statistics(candidates: Tensor, scores: Tensor, n_elites: int, temperat
     return mean, std, elites, weights
 
 
-def mppi(score: Score, proposals: Tensor, proposal_scores: Tensor, warm: Tensor, has_warm: Tensor, *,
-         low: Tensor, high: Tensor, iterations: int, n_gaussian: int, n_elites: int, temperature: float,
-         std_min: float, std_max: Tensor, noise: Callable[[tuple[int, ...]], Tensor]) -> MPPIResult:
+def mppi(score: Score, proposals: Tensor, proposal_scores: Tensor, warm: Tensor, has_warm: Tensor, noise: Tensor, *,
+         low: Tensor, high: Tensor, n_elites: int, temperature: float, std_min: float, std_max: Tensor) -> MPPIResult:
     """Refine a Gaussian over action sequences, starting from the policy's proposals and the previous plan.
 
     proposals (B, P, H, Da) with their scores (B, P); warm (B, H, Da) the previous plan shifted by the executed actions, valid where has_warm (B,).
+    noise (B, I, G, H, Da): standard normal, for G Gaussian candidates in each of I iterations; nil of either is no refinement.
     low, high (B, H, Da): the trust region, which no candidate leaves.
     The proposals are scored once and stay candidates in every round; only the G Gaussian candidates are new.
     """
-    b, _, h, da = proposals.shape
     start = torch.where(has_warm[:, None, None], warm, proposals[:, 0]).clamp(low, high)             # (B, H, Da)
     kept, kept_scores = torch.cat([proposals, start[:, None]], 1), torch.cat([proposal_scores, score(start[:, None])], 1)
     mean, std, elites, weights = elite_statistics(kept, kept_scores, min(n_elites, kept.shape[1]), temperature, std_min, std_max)
-    for _ in range(iterations if n_gaussian else 0):
-        gaussian = (mean[:, None] + std[:, None] * noise((b, n_gaussian, h, da))).clamp(low[:, None], high[:, None])
+    for drawn in noise.unbind(1) if noise.shape[2] else ():                         # (B, G, H, Da)
+        gaussian = (mean[:, None] + std[:, None] * drawn).clamp(low[:, None], high[:, None])
         candidates = torch.cat([kept, gaussian], 1)                                 # (B, N, H, Da)
         scores = torch.cat([kept_scores, score(gaussian)], 1)                       # (B, N)
         mean, std, elites, weights = elite_statistics(candidates, scores, n_elites, temperature, std_min, std_max)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from modip_ray.config import Config
 from modip_ray.model.agent import Agent
-from modip_ray.planning.mppi import mppi
+from modip_ray.model.hardware import uses_bf16
+from modip_ray.planning.search import Noise, Search
 from modip_ray.schedule import widened
 from modip_ray.timing import Timer
 
@@ -63,12 +64,21 @@ class Planner:
     """Owns a frozen copy of the agent. `progress` (0..1 of the online steps) widens the trust region."""
 
     def __init__(self, cfg: Config, agent: Agent, seed: int = 0, timer: Timer | None = None):
-        self.cfg, self.agent = cfg, agent.frozen_copy()
-        self.device = self.agent.normalizer.obs_mean.device
+        self.device = agent.normalizer.obs_mean.device
+        self.cfg, self.search = cfg, Search(cfg, agent.frozen_copy(), uses_bf16(cfg.resources.precision, self.device))
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.warm = WarmStarts(cfg.planner.horizon, agent.action_dim, self.device)
         self.version, self.env_steps = 0, 0
         self.timer = timer or Timer()
+
+    @property
+    def agent(self) -> Agent:
+        """The weights that act; load them in place."""
+        return self.search.agent
+
+    @agent.setter
+    def agent(self, agent: Agent) -> None:
+        self.search.agent = agent
 
     def load(self, version: int, vector: np.ndarray, env_steps: int) -> None:
         """Swap in newer weights between two plans."""
@@ -100,34 +110,23 @@ class Planner:
 
     def policy_plan(self, s: Tensor) -> Plan:
         cfg, policy = self.cfg.policy, self.agent.policy
-        with self.timer("policy/ddim"):
+        with self.timer("policy/ddim"), self.search.precision():
             chunk = policy.sample(s, self.noise((len(s), 1, policy.horizon, policy.action_dim)), cfg.sampling_steps)[:, 0]   # (B, H, Da)
         plans = self.agent.normalizer.raw_action(chunk).cpu().numpy()
         return Plan(plans[:, : cfg.n_action_steps], plans, np.full(len(s), np.nan, np.float32), self.version)
 
     def mpc_plan(self, s: Tensor, slots: Sequence[Hashable], reset: np.ndarray, explore: bool) -> Plan:
-        p, g, policy = self.cfg.planner, self.cfg.guard, self.agent.policy
+        p, policy = self.cfg.planner, self.agent.policy
         rows, has_warm = self.warm.index(slots, reset)
-        with self.timer("plan/ddim"):
-            start = self.noise((len(s), p.proposals, policy.horizon, policy.action_dim))
-            proposals = policy.sample(s, start, p.proposal_steps)[:, :, : p.horizon]                   # (B, P, H, Da)
-        with self.timer("plan/mppi"):
-            z = self.agent.world_model.encode(s)                                    # (B, Dz)
-            members = self.returns(z, proposals)                                    # (E, B, P)
-            reference = members.mean(-1)                                            # (E, B) what the policy would get, by each member
-            std_max, trust = self.trust_region()
-            low, high = (proposals.amin(1) - trust).clamp(min=-1), (proposals.amax(1) + trust).clamp(max=1)   # (B, H, Da)
-            result = mppi(lambda a: self.guarded_gain(self.returns(z, a), reference), proposals, self.guarded_gain(members, reference),
-                          self.warm.table[rows], has_warm, low=low, high=high, iterations=p.iterations, n_gaussian=p.gaussian, n_elites=p.elites,
-                          temperature=p.temperature, std_min=p.std_min, std_max=torch.tensor(std_max, device=self.device), noise=self.noise)
-            gain = self.guarded_gain(self.returns(z, result.mean[:, None]), reference)[:, 0]           # (B,)
-        accepted = (gain > g.min_gain) & torch.isfinite(gain)                       # the guard: else act as the policy would
-        plan = torch.where(accepted[:, None, None], result.mean, proposals[:, 0])   # (B, H, Da)
+        noise = Noise(self.noise((len(s), p.proposals, policy.horizon, policy.action_dim)),
+                      self.noise((len(s), p.iterations, p.gaussian, p.horizon, policy.action_dim)))
+        with self.timer("plan/search"):
+            plan, std, gain, accepted = self.search(s, noise, self.warm.table[rows], has_warm, torch.tensor(self.trust_region(), device=self.device))
         c = p.n_action_steps
         self.warm.table[rows] = torch.cat([plan[:, c:], plan[:, -1:].expand(-1, c, -1)], 1)[:, : p.horizon]
         act = plan[:, :c]
         if explore:
-            act = torch.where(accepted[:, None, None], (act + result.std[:, :c] * self.noise(tuple(act.shape))).clamp(-1, 1), act)
+            act = torch.where(accepted[:, None, None], (act + std[:, :c] * self.noise(tuple(act.shape))).clamp(-1, 1), act)
         raw = self.agent.normalizer.raw_action
         return Plan(raw(act).cpu().numpy(), raw(plan).cpu().numpy(), gain.cpu().numpy(), self.version)
 
@@ -136,30 +135,3 @@ class Planner:
         g = self.cfg.guard
         progress = self.env_steps / g.widen_steps if g.widen_steps else 1.0
         return widened(g.std_max, g.std_max_final, progress), widened(g.trust, g.trust_final, progress)
-
-    def returns(self, z: Tensor, actions: Tensor) -> Tensor:
-        """Predicted return by each critic member: sum_k gamma^k r_k + gamma^H V_e(z_H), cut where the model sees a termination.
-
-        z (B, Dz), actions (B, N, H, Da) -> (E, B, N) in return units.
-        """
-        model, gamma = self.agent.world_model, self.cfg.critic.gamma
-        b, n = actions.shape[:2]
-        z = z.repeat_interleave(n, 0)                                               # (B*N, Dz)
-        total, weight = torch.zeros(b * n, device=z.device), torch.ones(b * n, device=z.device)
-        for a in actions.flatten(0, 1).unbind(1):                                   # (B*N, Da), H times
-            z, reward, termination = model.step(z, a)
-            total = total + weight * reward * model.reward_scale
-            weight = weight * gamma * (1 - model.terminates * termination.sigmoid())
-        return (total + weight * self.agent.critic(z)).view(-1, b, n)
-
-    def guarded_gain(self, members: Tensor, reference: Tensor) -> Tensor:
-        """How much better than the policy's own proposals, less the ensemble's disagreement about *that difference*.
-
-        members (E, B, N), reference (E, B) -> (B, N). An error that all candidates of a root share (each member's own level) cancels
-        in the difference; what is left is what could mislead the choice.
-        """
-        gain = members - reference.unsqueeze(-1)                                    # (E, B, N)
-        if self.cfg.guard.value_reduce == "min":
-            return gain.min(0).values
-        penalty = self.cfg.guard.value_penalty
-        return gain.mean(0) - penalty * gain.std(0) if penalty and len(gain) > 1 else gain.mean(0)

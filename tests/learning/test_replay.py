@@ -266,3 +266,14 @@ def test_the_same_seed_draws_the_same():
     one, two, other = (sample(seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, two)
     assert not np.array_equal(one, other)
+
+
+def test_memory_is_little_more_than_the_data_themselves():
+    """Raw: observation, action, reward, gain, plan, each once. Overwritten segments leave nothing behind."""
+    buffer = ReplayBuffer(1000, 17, 6, 0.95, 3)
+    segment = Segment(np.zeros((51, 17), np.float32), np.zeros((50, 6), np.float32), np.zeros(50, np.float32), False)
+    for _ in range(70):
+        buffer.add(segment)
+    raw = 1000 * 4 * (17 + 6 + 1 + 1 + 3 * 6)
+    assert len(buffer.ends) == 20
+    assert buffer.records.nbytes + sum(o.nbytes for o in buffer.ends.values()) < 1.2 * raw

@@ -146,4 +146,7 @@ def test_the_mlp_has_the_names_the_order_and_the_numbers_of_earlier_checkpoints(
     assert all(torch.equal(policy.state_dict()[key], value) for key, value in expected.items())
     obs, noisy, t = torch.randn(6, 3), torch.randn(6, 8), torch.arange(6)
     by_hand = parts["out"](parts["trunk"](parts["obs_in"](obs) + parts["chunk_in"](noisy) + parts["time_in"](timestep_features(t, TIME_DIM))))
-    assert torch.equal(policy.denoise(policy.embed(obs), noisy, t)[0], by_hand)
+    torch.testing.assert_close(policy.denoise(policy.embed(obs), noisy, t)[0], by_hand)
+    many, rows = torch.arange(40) % 20, torch.arange(40) % 6         # more rows than steps: embedded by step
+    torch.testing.assert_close(policy.denoise(policy.embed(obs)[rows], noisy[rows], many)[0],
+                               torch.cat([policy.denoise(policy.embed(obs)[rows[i:i + 1]], noisy[rows[i:i + 1]], many[i:i + 1])[0] for i in range(40)]))

@@ -4,23 +4,38 @@ import pytest
 import torch
 from torch import nn
 
-from modip_ray.model.networks import EnsembleMLP, ResidualMLP, SimNorm, ema_update, timestep_features
+from modip_ray.model.networks import EnsembleMLP, ResidualMLP, SimNormLinear, ema_update, timestep_features
+
+
+def simnorm(x, group):
+    """SimNormLinear of the identity product: only the normalisation is left."""
+    layer = SimNormLinear(x.shape[-1], x.shape[-1], group)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer(x)
 
 
 def test_simnorm_by_hand():
     # 4 features, groups of 2: feature i is in group i % 2, so (x0, x2) and (x1, x3) are softmaxed together
     x = torch.tensor([[0.0, 0.0, math.log(3.0), 0.0]])
-    torch.testing.assert_close(SimNorm(2)(x), torch.tensor([[0.25, 0.5, 0.75, 0.5]]))
+    torch.testing.assert_close(simnorm(x, 2), torch.tensor([[0.25, 0.5, 0.75, 0.5]]))
 
 
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 5, 16)])
 def test_simnorm_groups_are_simplices(shape):
     x = 5 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    y = SimNorm(8)(x)
+    y = simnorm(x, 8)
     assert y.shape == x.shape and (y >= 0).all()
     for group in range(2):                                          # 16 features in groups of 8: 2 groups, a stride of 2 apart
         torch.testing.assert_close(y[..., group::2], x[..., group::2].softmax(-1))
         torch.testing.assert_close(y[..., group::2].sum(-1), torch.ones(shape[:-1]))
+
+
+def test_simnorm_is_a_linear_layer_before_it_is_normalised():
+    torch.manual_seed(0)
+    layer, x = SimNormLinear(5, 12, 4), torch.randn(7, 5)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias).view(7, 4, 3).softmax(1).view(7, 12))
+    assert list(layer.state_dict()) == ["weight", "bias"]
 
 
 def test_ensemble_equals_its_members_one_by_one():

@@ -17,9 +17,10 @@ def run(proposals, warm=None, has_warm=None, box=1.0, seed=0, **settings):
     b, _, h, da = proposals.shape
     generator = torch.Generator().manual_seed(seed)
     settings = {"iterations": 20, "n_gaussian": 128, "n_elites": 16, "temperature": 1.0, "std_min": 0.05, "std_max": torch.tensor(0.5), **settings}
+    noise = torch.randn(b, settings.pop("iterations"), settings.pop("n_gaussian"), h, da, generator=generator)
     return mppi(quadratic, proposals, quadratic(proposals), torch.zeros(b, h, da) if warm is None else warm,
-                torch.zeros(b, dtype=torch.bool) if has_warm is None else has_warm, low=torch.full((b, h, da), -box), high=torch.full((b, h, da), box),
-                noise=lambda shape: torch.randn(shape, generator=generator), **settings)
+                torch.zeros(b, dtype=torch.bool) if has_warm is None else has_warm, noise, low=torch.full((b, h, da), -box), high=torch.full((b, h, da), box),
+                **settings)
 
 
 def error(result):
@@ -115,8 +116,8 @@ def test_proposals_are_scored_once():
 
     proposals = torch.zeros(1, 8, 3, 2)
     box = torch.ones(1, 3, 2)
-    mppi(score, proposals, quadratic(proposals), torch.zeros(1, 3, 2), torch.zeros(1, dtype=torch.bool), low=-box, high=box, iterations=3,
-         n_gaussian=20, n_elites=4, temperature=1.0, std_min=0.05, std_max=torch.tensor(0.5), noise=torch.randn)
+    mppi(score, proposals, quadratic(proposals), torch.zeros(1, 3, 2), torch.zeros(1, dtype=torch.bool),
+         torch.randn(1, 3, 20, 3, 2), low=-box, high=box, n_elites=4, temperature=1.0, std_min=0.05, std_max=torch.tensor(0.5))
     assert calls == [1, 20, 20, 20]
 
 

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from modip_ray.planning.planner import WarmStarts, widened
 
@@ -15,11 +16,11 @@ def fake_task(planner, offsets=(0.0, 0.0, 0.0)):
     """A latent that counts steps, reward -(a - TARGET_k)^2, V = each member's offset, a policy that samples 0.1 x noise."""
     agent = planner.agent
 
-    def step(z, a):
+    def advance(z, a):
         k = z[:, 0].long().clamp(max=2)
         return z + 1, -(a - TARGET[k]).square().sum(-1), torch.full((len(z),), -100.0)
 
-    agent.world_model.step, agent.world_model.encode = step, lambda s: torch.zeros(len(s), 16)
+    agent.world_model.z_in, agent.world_model.advance, agent.world_model.encode = nn.Identity(), advance, lambda s: torch.zeros(len(s), 16)
     agent.critic.forward = lambda z: torch.tensor(offsets)[:, None].expand(-1, len(z))
     agent.policy.sample = lambda s, noise, steps: (0.1 * noise).clamp(-1, 1)
     return planner
@@ -82,7 +83,7 @@ def test_returns_by_hand(make_planner):
     actions = TARGET.repeat(1, 2, 1, 1)                             # (1, 2, 3, 2): two candidates
     actions[0, 1, 0, 0] += 1.0                                      # reward -1 at step 0 ...
     actions[0, 1, 2, 1] += 2.0                                      # ... and -4 at step 2
-    out = planner.returns(torch.zeros(1, 16), actions)
+    out = planner.search.returns(torch.zeros(1, 16), actions)
     tail = torch.tensor([1.0, 2.0, -5.0])[:, None, None] * 0.9 ** 3
     torch.testing.assert_close(out, torch.tensor([[[0.0, -10.0 - 0.81 * 40.0]]]) + tail)
 
@@ -91,23 +92,24 @@ def test_each_row_is_scored_from_its_own_latent(make_planner):
     planner = make_planner()
     z, actions = torch.rand(3, 16).softmax(1) * 2, torch.rand(3, 4, 3, 2) * 2 - 1
     with torch.no_grad():
-        whole = planner.returns(z, actions)
+        whole = planner.search.returns(z, actions)
         assert whole.shape == (3, 3, 4)                             # (E, B, N)
         for b in range(3):
             for n in range(4):
-                torch.testing.assert_close(planner.returns(z[b:b + 1], actions[b:b + 1, n:n + 1])[:, 0, 0], whole[:, b, n])
+                torch.testing.assert_close(planner.search.returns(z[b:b + 1], actions[b:b + 1, n:n + 1])[:, 0, 0], whole[:, b, n])
 
 
 def test_a_predicted_termination_cuts_the_return(make_planner):
     planner = make_planner()
     agent = planner.agent
     logit = torch.tensor([math.log(1 / 3), 100.0, 0.0])             # probabilities 0.25, 1, ...
-    agent.world_model.step = lambda z, a: (z + 1, torch.ones(len(z)), logit[z[:, 0].long()])
+    agent.world_model.z_in = nn.Identity()
+    agent.world_model.advance = lambda z, a: (z + 1, torch.ones(len(z)), logit[z[:, 0].long()])
     agent.critic.forward = lambda z: torch.full((3, len(z)), 1000.0)
-    out = planner.returns(torch.zeros(1, 16), torch.zeros(1, 1, 3, 2))
+    out = planner.search.returns(torch.zeros(1, 16), torch.zeros(1, 1, 3, 2))
     torch.testing.assert_close(out, torch.full((3, 1, 1), 1 + 0.9 * 0.75), rtol=1e-4, atol=1e-4)
     agent.world_model.terminates.fill_(0.0)                         # data without terminations: the head is ignored
-    out = planner.returns(torch.zeros(1, 16), torch.zeros(1, 1, 3, 2))
+    out = planner.search.returns(torch.zeros(1, 16), torch.zeros(1, 1, 3, 2))
     torch.testing.assert_close(out, torch.full((3, 1, 1), 1 + 0.9 + 0.81 + 0.729 * 1000))
 
 
@@ -115,23 +117,23 @@ def test_guarded_gain_by_hand(make_planner):
     reference = torch.tensor([[1.0], [10.0], [4.0]])                # (E, B) levels that differ by member
     members = torch.tensor([[[3.0, 2.0]], [[12.0, 14.0]], [[6.0, 4.0]]])                # gains 2, 2, 2 and 1, 4, 0
     mean, spread = 5 / 3, math.sqrt(((1 - 5 / 3) ** 2 + (4 - 5 / 3) ** 2 + (5 / 3) ** 2) / 2)
-    out = make_planner("guard.value_penalty=0.5").guarded_gain(members, reference)
+    out = make_planner("guard.value_penalty=0.5").search.guarded_gain(members, reference)
     torch.testing.assert_close(out, torch.tensor([[2.0, mean - 0.5 * spread]]))
-    torch.testing.assert_close(make_planner("guard.value_penalty=0").guarded_gain(members, reference), torch.tensor([[2.0, mean]]))
-    torch.testing.assert_close(make_planner("guard.value_reduce=min").guarded_gain(members, reference), torch.tensor([[2.0, 0.0]]))
+    torch.testing.assert_close(make_planner("guard.value_penalty=0").search.guarded_gain(members, reference), torch.tensor([[2.0, mean]]))
+    torch.testing.assert_close(make_planner("guard.value_reduce=min").search.guarded_gain(members, reference), torch.tensor([[2.0, 0.0]]))
 
 
 @pytest.mark.parametrize("reduce", ["mean", "min"])
 def test_an_offset_of_one_member_cancels(make_planner, reduce):
     planner = make_planner(f"guard.value_reduce={reduce}")
     members, offset = torch.randn(3, 2, 6), torch.tensor([100.0, -7.0, 0.0])
-    plain = planner.guarded_gain(members, members.mean(-1))
+    plain = planner.search.guarded_gain(members, members.mean(-1))
     shifted = members + offset[:, None, None]
-    torch.testing.assert_close(planner.guarded_gain(shifted, shifted.mean(-1)), plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(planner.search.guarded_gain(shifted, shifted.mean(-1)), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_one_member_has_no_disagreement(make_planner):
-    out = make_planner("critic.members=1").guarded_gain(torch.tensor([[[3.0, 2.0]]]), torch.tensor([[1.0]]))
+    out = make_planner("critic.members=1").search.guarded_gain(torch.tensor([[[3.0, 2.0]]]), torch.tensor([[1.0]]))
     torch.testing.assert_close(out, torch.tensor([[2.0, 1.0]]))
 
 
@@ -250,4 +252,4 @@ def test_time_is_accounted_by_part(make_planner):
     planner.plan(OBS, range(5), NEW)
     planner.plan(OBS, range(5), NEW, mode="policy")
     counts = planner.timer.snapshot()["counts"]
-    assert counts["plan/ddim"] == counts["plan/mppi"] == counts["policy/ddim"] == 1
+    assert counts["plan/search"] == counts["policy/ddim"] == 1

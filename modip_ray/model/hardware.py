@@ -1,0 +1,70 @@
+"""Which of a device's speeds the settings ask for: precision of matrix products, compilation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch
+
+from modip_ray.config import Config
+
+COMPILE_FROM = 200_000              # updates of a run that repay about a minute of compiling
+
+_told: set[str] = set()
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """fp32, bf16, or auto: bfloat16 where the device has instructions for its products, elsewhere they would be slower than float32's."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
+def uses_compile(cfg: Config) -> bool:
+    """Decided by the settings alone, never by the clock: the same settings give the same results, serially, under Ray and after a resume."""
+    if cfg.resources.compile != "auto":
+        return bool(cfg.resources.compile)
+    online = cfg.online.updates_per_step * cfg.online.env_steps
+    return cfg.pretrain.updates + online >= COMPILE_FROM
+
+
+def compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """torch.compile of one whole graph; where this machine cannot compile, the function itself, with one line on stderr at the first call.
+
+    Weights are read where they lie, so that they may be loaded in place at any time; the guards leave modules out, as a call would
+    otherwise spend more on them than on a small product.
+    """
+    fast = torch.compile(function, fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+    works = True
+
+    def call(*args: Any) -> Any:
+        nonlocal works
+        if works:
+            try:
+                with functorch.patch(force_non_lazy_backward_lowering=True):        # an error of the backward pass shows here, not in backward()
+                    return fast(*args)
+            except compile_errors() as error:
+                works = False
+                tell(f"modip: {what} runs uncompiled: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return function(*args)
+    return call
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises where it cannot do it: no compiler, a compiler that fails, or an operation that it does not know."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+    return TorchDynamoException, InductorError
+
+
+def tell(line: str) -> None:
+    """A line on stderr, once."""
+    if line not in _told:
+        _told.add(line)
+        print(line, file=sys.stderr, flush=True)
