@@ -186,6 +186,9 @@ def scale(s: Setting) -> list[Row]:
                  compared(f"{name}.steps_per_s_vs_model", rate, "1/s", model.steps_per_s, "scale_model.py"),
                  compared(f"{name}.rows_per_batch", batch, "rows", model.rows_per_batch, "scale_model.py"),
                  compared(f"{name}.answer_ms", answer_ms, "ms", 1e3 * model.answer_s, "scale_model.py")]
+    fleet = bench_scale.Fleet(8, bench_scale.ENVS // 8, groups=1)
+    rows.append(compared("scale.workers_8.one_group_steps_per_s", bench_scale.measure(s.cfg, fleet, 6 * s.seconds)[0], "1/s",
+                         bench_scale.predict(fleet).steps_per_s, "scale_model.py; each worker waits while the planner plans"))
     found = bench_scale.predictions()
     print(bench_scale.prediction_table(found, s.cfg.online.updates_per_step) + "\n", flush=True)
     return rows + [compared(f"scale.model.workers_{fleet.workers}.planners_{fleet.planners}", p.steps_per_s, "1/s", fleet.ideal,

@@ -37,14 +37,15 @@ def paired_lines(path: Path) -> list[str]:
 
 
 def block() -> str:
-    runs = [p for p in sorted((ROOT / "results").glob("*.json")) if "paired" not in p.stem]
+    paired = sorted((ROOT / "results").glob("*paired*.json"))
+    runs = [p for p in sorted((ROOT / "results").glob("*.json")) if "config_hash" in json.loads(p.read_text())]      # the rest are studies of other things
     lines = ["Raw return, mean and 95 % interval over fixed evaluation seeds, one training seed, two CPU cores. BC is the diffusion policy before",
              "fine-tuning, DP-only the same network after it, MPC-acting the planner.", "",
              "| run | data | BC | DP-only | MPC-acting | online steps | wall time | paper, BC -> MODIP, 1e6 steps |", "|---|---|---|---|---|---|---|---|",
              *(run_row(p) for p in runs), ""]
-    for p in sorted((ROOT / "results").glob("*paired*.json")):
+    for p in paired:
         lines += paired_lines(p)
-    commands = [f"- {p.stem}: `{json.loads(p.read_text())['command']}`" for p in sorted((ROOT / "results").glob("*.json"))]
+    commands = [f"- {p.stem}: `{json.loads(p.read_text())['command']}`" for p in sorted([*runs, *paired])]
     return "\n".join([*lines, "", "Commands:", "", *commands, ""])
 
 
