@@ -13,7 +13,7 @@ from modip_ray.data_cli import command, size_text
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
-    from modip_ray.jobs import Client
+    from modip_ray.jobs.client import Client
 
 DETACHED = 130
 
@@ -50,9 +50,9 @@ def add_address(p: argparse.ArgumentParser) -> None:
 
 
 def run_submit(args: argparse.Namespace) -> int:
-    from modip_ray.jobs import connect, find_address, submit
-    from modip_ray.jobs_fetch import check_target
-    from modip_ray.jobs_package import STORAGE, check_name, prepare, submission, write_package
+    from modip_ray.jobs.client import connect, find_address, submit
+    from modip_ray.jobs.fetch import check_target
+    from modip_ray.jobs.package import STORAGE, check_name, prepare, submission, write_package
     words = args.job_command[1:] if args.job_command[:1] == ["--"] else args.job_command
     folder = args.working_dir.resolve()
     asked = prepare(words, check_name(args.name), args.storage or STORAGE, folder)
@@ -76,7 +76,7 @@ def run_submit(args: argparse.Namespace) -> int:
 
 def watch(client: Client, job_id: str, run_dir: str | None = None, local_dir: str | None = None, python: str = "python", checkpoints: bool = True) -> int:
     """The job's log on our stdout until it ends; then its run folder, if there is one. Ctrl-C leaves the job alone."""
-    from modip_ray.jobs import JobError, exit_code, follow
+    from modip_ray.jobs.client import JobError, exit_code, follow
     try:
         job = follow(client, job_id, show)
     except KeyboardInterrupt:
@@ -103,32 +103,32 @@ def ending(job: JobDetails) -> str:
 
 
 def bring(client: Client, run_dir: str, target: Path, python: str, checkpoints: bool) -> None:
-    from modip_ray.jobs_fetch import fetch
+    from modip_ray.jobs.fetch import fetch
     size = fetch(client, run_dir, target, python, checkpoints)
     say(f"{run_dir} is in {target} ({size_text(size)}{'' if checkpoints else ', without checkpoints'})")
 
 
 def run_list(args: argparse.Namespace) -> int:
-    from modip_ray.jobs import all_jobs, connect, find_address, table
+    from modip_ray.jobs.client import all_jobs, connect, find_address, table
     print(table(all_jobs(connect(find_address(args.address)))))
     return 0
 
 
 def run_follow(args: argparse.Namespace) -> int:
-    from modip_ray.jobs import connect, find_address, find_job
+    from modip_ray.jobs.client import connect, find_address, find_job
     client = connect(find_address(args.address))
     return watch(client, str(find_job(client, args.job).submission_id))
 
 
 def run_cancel(args: argparse.Namespace) -> int:
-    from modip_ray.jobs import cancel, connect, find_address, find_job
+    from modip_ray.jobs.client import cancel, connect, find_address, find_job
     client = connect(find_address(args.address))
     print(cancel(client, find_job(client, args.job)))
     return 0
 
 
 def run_fetch(args: argparse.Namespace) -> int:
-    from modip_ray.jobs import JobError, connect, find_address, find_job
+    from modip_ray.jobs.client import JobError, connect, find_address, find_job
     client = connect(find_address(args.address))
     job = find_job(client, args.job)
     facts = job.metadata or {}

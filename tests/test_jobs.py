@@ -17,11 +17,12 @@ from zipfile import ZipFile
 import pytest
 
 from cluster.local import LocalCluster
-from modip_ray import jobs, jobs_send
 from modip_ray.config import ConfigError
-from modip_ray.jobs import JobError
-from modip_ray.jobs_fetch import MARK, Receiver, check_target, replace, unpack
-from modip_ray.jobs_package import check_name, on_cluster, prepare, shell_word, submission, write_package
+from modip_ray.jobs import client as jobs
+from modip_ray.jobs import send as jobs_send
+from modip_ray.jobs.client import JobError
+from modip_ray.jobs.fetch import MARK, Receiver, check_target, replace, unpack
+from modip_ray.jobs.package import check_name, on_cluster, prepare, shell_word, submission, write_package
 from modip_ray.learning.checkpoint import newest
 from tests.fakes import SMALL, write_data
 
@@ -193,7 +194,7 @@ def test_a_checkout_is_packaged_once(tmp_path):
 
 
 def test_a_folder_that_is_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("modip_ray.jobs_package.PACKAGE_BYTES", 10_000)
+    monkeypatch.setattr("modip_ray.jobs.package.PACKAGE_BYTES", 10_000)
     for k in range(5):
         (tmp_path / f"{k}.bin").write_bytes(os.urandom(9_000))
     with pytest.raises(JobError, match="more than a job can take along"):

@@ -1,4 +1,4 @@
-"""Bringing a run folder back from the cluster: a small job on the head writes it to its log (jobs_send.py), here it is checked and unpacked."""
+"""Bringing a run folder back from the cluster: a small job on the head writes it to its log (send.py), here it is checked and unpacked."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from zipfile import ZipFile
 
 from ray.job_submission import JobDetails
 
-from modip_ray import jobs_send
-from modip_ray.jobs import Client, JobError, follow, plain_errors
-from modip_ray.jobs_send import END, FAILED, PREFIX
+from modip_ray.jobs import send
+from modip_ray.jobs.client import Client, JobError, follow, plain_errors
+from modip_ray.jobs.send import END, FAILED, PREFIX
 
 MARK = "fetched.json"               # in a local copy: whose it is, and that it may be replaced
 
@@ -51,8 +51,8 @@ def check_target(target: Path) -> None:
 def start(client: Client, job_id: str, run_dir: str, python: str, checkpoints: bool, folder: Path, received: Receiver) -> JobDetails:
     package = folder / "send.zip"
     with ZipFile(package, "w") as archive:
-        archive.write(jobs_send.__file__, "jobs_send.py")
-    words = [python, "jobs_send.py", run_dir, *([] if checkpoints else ["--without-checkpoints"])]
+        archive.write(send.__file__, "send.py")
+    words = [python, "send.py", run_dir, *([] if checkpoints else ["--without-checkpoints"])]
     with plain_errors(client.get_address()):
         client.submit_job(entrypoint=f"exec {shlex.join(words)}", submission_id=job_id, runtime_env={"working_dir": str(package)}, metadata={"modip": "fetch"})
     return follow(client, job_id, received.take)

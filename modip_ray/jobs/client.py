@@ -1,7 +1,7 @@
 """Running a modip command on a Ray cluster through Ray's Jobs API: connect, submit, follow, cancel, list.
 
 The client is Ray's JobSubmissionClient; what is added here are time-outs, errors in one line, a log that goes on after a broken connection, and
-names for jobs. What travels is in jobs_package.py, how a run folder comes back in jobs_fetch.py.
+names for jobs. What travels is in package.py, how a run folder comes back in fetch.py.
 """
 
 from __future__ import annotations

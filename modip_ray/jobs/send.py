@@ -1,6 +1,6 @@
 """Runs on the cluster's head, by itself (standard library only): a run folder to stdout, as a gzipped tar in base64 lines with its sha256 at the end.
 
-    python jobs_send.py FOLDER [--without-checkpoints]
+    python send.py FOLDER [--without-checkpoints]
 
 The log of a job is the one way back that the Jobs API has. When everything is written the job waits to be stopped, and then empties its log, so that
 no second copy of the run stays on the head.

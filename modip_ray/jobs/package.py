@@ -16,13 +16,15 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 from modip_ray.config import ConfigError, config_dir, load
 from modip_ray.data_cli import size_text
-from modip_ray.jobs import JobError, Submission
+from modip_ray.jobs.client import JobError, Submission
 
 STORAGE = "~/modip_ray_runs"
 LEFT_OUT = ("runs", "results", "venv", "env", "wandb", "node_modules", "build", "dist")      # and everything hidden, caches, *.egg-info
 FILE_BYTES = 50_000_000
 PACKAGE_BYTES = 400_000_000         # Ray keeps a package in the head's memory and refuses 512 MiB
 RUN_ARGUMENTS = ("run_folder", "runs", "json_file", "out", "policy")       # of the other commands: paths that live with the runs
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 # ---- the package -----------------------------------------------------------------------------------------------------------------------------
@@ -62,12 +64,12 @@ def travels(name: str) -> bool:
 
 
 def is_own_package(folder: Path) -> bool:
-    return folder.resolve() == Path(__file__).resolve().parent
+    return folder.resolve() == PACKAGE
 
 
 def package_files() -> Iterator[tuple[Path, str]]:
     """Files of modip_ray with their names in the archive: `configs` inside the package, as in a wheel, whatever the working directory holds."""
-    for root, top in ((Path(__file__).resolve().parent, "modip_ray"), (config_dir(), "modip_ray/configs")):
+    for root, top in ((PACKAGE, "modip_ray"), (config_dir(), "modip_ray/configs")):
         for path in sorted(root.rglob("*")):
             parts = path.relative_to(root).parts
             if path.is_file() and all(map(travels, parts[:-1])) and not (top == "modip_ray" and parts[0] == "configs"):
