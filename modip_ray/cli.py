@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modip_ray import __version__, data_cli, jobs_cli, status_cli, tune_cli
-from modip_ray.config import Config, ConfigError, load
+from modip_ray.config import Config, ConfigError, load, parse_override
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--episodes", type=positive, help="default: as in the run (eval.episodes)")
     p.add_argument("--seed", type=int, help="first seed; default: as in the run (eval.seed)")
     p.add_argument("--json", type=Path, dest="json_file", help="also write the score there")
+    p.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
+                   help="act with another setting than the run's, e.g. --set resources.precision=fp32 --set guard.trust=0.1")
 
     p = command(commands, "collect", run_collect, "roll a policy out and write D4RL's HDF5 layout")
     p.add_argument("--policy", required=True, metavar="demonstrator|RUN|FILE.hdf5",
@@ -105,11 +107,12 @@ def run_train(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     from modip_ray.report.scores import interval, number
     from modip_ray.saved_run import compare_run, evaluate_run
+    overrides = dict(parse_override(item) for item in args.settings)
     if args.mode == "all":
-        found = compare_run(args.run_folder, args.episodes, args.seed)
+        found = compare_run(args.run_folder, args.episodes, args.seed, overrides)
         scores = found["scores"]
     else:
-        found = evaluate_run(args.run_folder, args.mode, args.episodes, args.seed)
+        found = evaluate_run(args.run_folder, args.mode, args.episodes, args.seed, overrides)
         scores = {args.mode: found}
     for mode, s in scores.items():
         also = "".join(f", {name} {number(m['mean'])}" for name, m in s["also"].items())

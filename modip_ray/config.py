@@ -284,19 +284,24 @@ def load(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Con
     file_tree = read_yaml(find_config(config)) if config is not None else {}
     task = file_tree.pop("task", None) if isinstance(file_tree.get("task"), str) else None
     for item in overrides:
-        key, sep, text = item.partition("=")
-        if not sep or not key:
-            raise ConfigError(f"override {item!r} is not of the form key=value, e.g. planner.horizon=4")
-        if key == "task":
-            task = text
+        if item.startswith("task="):
+            task = item.removeprefix("task=")
             file_tree.pop("task", None)                     # the command line wins over the file, also where the file spells the group out
         else:
-            layers.append((key, parse_scalar(text)))
+            layers.append(parse_override(item))
     merge(tree, task_tree(task) if task is not None else {}, "task file")
     merge(tree, file_tree, str(config))
     for key, value in layers:
         set_dotted(tree, key, value)
     return build(tree)
+
+
+def parse_override(item: str) -> tuple[str, Any]:
+    """("planner.horizon", 4) out of "planner.horizon=4"."""
+    key, sep, text = item.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override {item!r} is not of the form key=value, e.g. planner.horizon=4")
+    return key, parse_scalar(text)
 
 
 def parse_scalar(text: str) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 
-from modip_ray.config import Config
+from modip_ray.config import Config, ConfigError
 from modip_ray.learning.build import device_of, saved_agent
 from modip_ray.learning.checkpoint import CheckpointError
 from modip_ray.learning.env_source import env_factory
@@ -26,26 +28,34 @@ from modip_ray.tasks.envs import EnvFactory
 from modip_ray.tasks.rollout import Act
 from modip_ray.tasks.scores import paired_difference
 
+ACTING = ("planner.", "guard.", "resources.", "eval.", "policy.sampling_steps", "policy.n_action_steps")      # may be other than in training
 
-def agent_of_run(run: Path) -> tuple[Config, Agent, np.ndarray | None, int]:
-    """Settings, agent, frozen BC weights (None before the offline phase's end) and environment steps of a run's newest checkpoint."""
-    cfg, checkpoint = saved_config(run), open_checkpoint(run)
+
+def agent_of_run(run: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> tuple[Config, Agent, np.ndarray | None, int]:
+    """Settings, agent, frozen BC weights (None before the offline phase's end) and environment steps of a run's newest checkpoint.
+
+    overrides: settings of acting by dotted name, in place of the run's.
+    """
+    for key in overrides:
+        if not key.startswith(ACTING):
+            raise ConfigError(f"{key}: decides how the run was trained; only settings of acting can be changed for an evaluation ({', '.join(ACTING)})")
+    cfg, checkpoint = saved_config(run).replace(dict(overrides)), open_checkpoint(run)
     torch.set_num_threads(cfg.resources.torch_threads)
     return cfg, saved_agent(cfg, checkpoint, device_of(cfg)), saved_bc(checkpoint), int(checkpoint.counters["env_steps"])
 
 
-def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: int | None = None) -> dict:
+def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict:
     """S of a mode, measured again: the same seeds in the same groups give the returns of the run's own summary."""
-    cfg, agent, bc, env_steps = agent_of_run(run)
+    cfg, agent, bc, env_steps = agent_of_run(run, overrides)
     need_bc(run, mode, bc)
     jobs = jobs_for(mode, episodes or cfg.eval.episodes, cfg.eval.seed if seed is None else seed)
     measures, seeds = joined([run_job(cfg, agent, env_factory(cfg.task), job, env_steps, bc) for job in jobs], mode)
-    return {"mode": mode, "run": str(run), "env_steps": env_steps, **score(cfg, measures, seeds)}
+    return {"mode": mode, "run": str(run), "env_steps": env_steps, "settings": dict(overrides), "command": command_line(), **score(cfg, measures, seeds)}
 
 
-def compare_run(run: Path, episodes: int | None = None, seed: int | None = None) -> dict:
+def compare_run(run: Path, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict:
     """BC, the policy alone and the planner on the same seeds; against_bc holds the paired differences and the ratio of means."""
-    scores = {mode: evaluate_run(run, mode, episodes, seed) for mode in MODES}
+    scores = {mode: evaluate_run(run, mode, episodes, seed, overrides) for mode in MODES}
     bc = scores["bc"]
     against = {mode: paired_difference(s["values"], bc["values"]) | {"ratio": s["mean"] / bc["mean"] if bc["mean"] else float("nan")}
                for mode, s in scores.items() if mode != "bc"}

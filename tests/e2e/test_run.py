@@ -89,6 +89,11 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
 
     if not serial:
         return
+    other = modip("eval", str(run), "--mode", "policy", "--episodes", "4", "--json", str(tmp_path / "other.json"), "--set", "policy.sampling_steps=1")
+    assert other.returncode == 0, other.stderr
+    assert json.loads((tmp_path / "other.json").read_text())["returns"] != summary["scores"]["policy"]["returns"]
+    refused = modip("eval", str(run), "--set", "critic.gamma=0.5")
+    assert refused.returncode == 2 and "only settings of acting" in refused.stderr
     third = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
     assert third.returncode == 0 and "MPC" in third.stdout and "evaluate" not in third.stderr, "a finished run only prints its table again"
 
