@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyarrow.fs import LocalFileSystem
+from pyarrow.fs import FileSelector, LocalFileSystem
 from ray import tune
 
 from modip_ray.search.settings import SEARCH_KEYS, check_mutation, trial_settings
@@ -57,6 +57,8 @@ class MODIP(tune.Trainable):
         return self.trial.iterate()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        if self._storage is not None:
+            use_new_folder(self._storage)
         self.trial.save(Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: str) -> None:
@@ -71,3 +73,13 @@ class MODIP(tune.Trainable):
 
     def cleanup(self) -> None:
         self.trial.close()
+
+
+def use_new_folder(storage: Any) -> None:
+    """Have Tune keep the checkpoint under a number that the trial has not used yet.
+
+    Tune loses count where PBT stops a trial that is saving (2.60): the next checkpoint would be written into the folder of one that others go on from.
+    """
+    found = storage.storage_filesystem.get_file_info(FileSelector(storage.trial_fs_path, allow_not_found=True))
+    numbers = [int(f.base_name.removeprefix("checkpoint_")) for f in found if f.base_name.startswith("checkpoint_")]
+    storage.current_checkpoint_index = max([storage.current_checkpoint_index, *numbers])
