@@ -37,8 +37,6 @@ class TrialResult:
         done = self.last("training_iteration") or 0
         if self.error is not None:
             return "error"
-        if not self.last("done"):
-            return f"unfinished, {done} of {iterations}"
         return "finished" if done >= iterations else f"stopped at {done} of {iterations}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import time
@@ -63,7 +64,8 @@ def run_search(search: Search) -> dict[str, Any] | None:
                 print(f"search {search.out}: goes on from {folder / TRIALS}", flush=True)
             with sigterm_as_interrupt(), quiet():
                 grid = tuner.fit()
-        if any(r.error is None and not (r.metrics or {}).get("done") for r in grid) or len(grid) < search.num_samples:
+        ended = [t.is_finished() for t in tune.ExperimentAnalysis(str(folder / TRIALS)).trials]     # results say "done" only where nothing came between
+        if not all(ended) or len(ended) < drawn(search):
             print(f"stopped; the same command goes on: modip tune ... out={search.out}")
             return None
         trials = [trial_result(search, grid[i]) for i in range(len(grid))]
@@ -79,6 +81,11 @@ def run_search(search: Search) -> dict[str, Any] | None:
 
 def param_space(search: Search) -> dict[str, Any]:
     return search.params() | {key: KINDS[kind](values) for key, entry in search.search.items() for kind, values in entry.items()}
+
+
+def drawn(search: Search) -> int:
+    """Trials of a whole search: num_samples for every point of the grids."""
+    return search.num_samples * math.prod(len(v) for entry in search.search.values() for kind, v in entry.items() if kind == "grid")
 
 
 def fixed(search: Search, space: dict[str, Any]) -> dict[str, Any]:
