@@ -24,6 +24,7 @@ from modip_ray.jobs.client import JobError
 from modip_ray.jobs.fetch import MARK, Receiver, check_target, replace, unpack
 from modip_ray.jobs.package import check_name, on_cluster, prepare, shell_word, submission, write_package
 from modip_ray.learning.checkpoint import newest
+from modip_ray.report.metrics import read_metrics
 from tests.fakes import SMALL, write_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,13 +93,11 @@ def test_a_submitted_run_is_followed_and_its_folder_comes_back(head):
     here, there = head.work / "runs" / "one", head.storage / "runs" / "one"
     assert json.loads((here / "summary.json").read_text())["env_steps"] >= 60
     assert files(here) == files(there) and newest(here / "checkpoints") is not None
-    again = head.submit("runs/one", "--without-checkpoints")
-    assert again.returncode == 0 and "MPC" in again.stdout and "pretrain: " not in again.stdout, "the same command finds the finished run"
-    assert (here / "report" / "index.html").is_file() and not (here / "checkpoints").exists()
+    assert (here / "report" / "index.html").is_file()
     listed = head.modip("jobs", "list").stdout.splitlines()
     assert listed[0].split() == ["id", "name", "status", "started", "duration", "entrypoint"]
-    assert [line.split()[1:3] for line in listed[1:]] == [["one", "SUCCEEDED"]] * 2
-    assert len({line.index("SUCCEEDED") for line in listed[1:]}) == 1, "aligned"
+    assert [line.split()[1:3] for line in listed[1:]] == [["one", "SUCCEEDED"]]
+    assert listed[0].index("status") == listed[1].index("SUCCEEDED"), "aligned"
 
 
 @pytest.mark.ray
@@ -116,7 +115,7 @@ def test_ctrl_c_detaches_and_cancel_saves(head):
     fetched = head.modip("jobs", "fetch", "long", "--without-checkpoints", "--to", "copy")
     assert fetched.returncode == 0 and (head.work / "copy" / "config.yaml").is_file(), fetched.stderr
     deadline = time.monotonic() + 120
-    while '"train"' not in (head.storage / "runs" / "long" / "metrics.jsonl").read_text():
+    while not any(row.get("updates", 0) > 0 for row in read_metrics(head.storage / "runs" / "long")):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     cancelled = head.modip("jobs", "cancel", "long")

@@ -61,7 +61,7 @@ def advance_until(system, ready, phase="online", patience_s=90.0):
 @pytest.fixture(scope="module")
 def run(nodes, tmp_path_factory):
     from modip_ray.actors.system import RaySystem
-    s = setup(online__env_steps=3000)
+    s = setup(online__env_steps=2000)
     system, facts = RaySystem(s), {}
     facts["pretrained"], _ = advance_until(system, lambda status: status.done, "pretrain")
     system.freeze_bc()
@@ -95,14 +95,14 @@ def test_workers_follow_the_nodes(run):
 
 
 def test_what_was_acknowledged_is_stored_once(run):
-    assert 3000 <= run["replay"]["env_steps"] < 3100
+    assert 2000 <= run["replay"]["env_steps"] < 2100
     assert run["gauges"]["rollout/acknowledged"] <= run["replay"]["env_steps"]
     assert run["replay"]["segments"] == sum(s["segments"] for s in run["shards"]) > 0
 
 
 def test_both_shards_and_both_planners_had_their_part(run):
-    assert all(s["env_steps"] > 300 for s in run["shards"])
-    assert sum(p["totals"][1] for p in run["planners"]) >= 3000 and all(p["totals"][1] > 300 for p in run["planners"])
+    assert all(s["env_steps"] >= 50 for s in run["shards"])
+    assert sum(p["totals"][1] for p in run["planners"]) >= 2000 and all(p["totals"][1] >= 50 for p in run["planners"])
 
 
 def test_updates_are_exactly_what_the_shards_allowed(run):
@@ -114,13 +114,13 @@ def test_updates_are_exactly_what_the_shards_allowed(run):
 def test_a_sharded_run_resumes_where_it_was(run, nodes):
     from modip_ray.actors.system import RaySystem
     from modip_ray.learning.checkpoint import newest
-    s = setup(online__env_steps=3200)
+    s = setup(online__env_steps=2100)
     system = RaySystem(dataclasses.replace(s, checkpoint=newest(run["checkpoint"].parent)))
     for stream, learner in system.learners.items():
         assert np.array_equal(ray.get(learner.weights.remote()), run["weights"][stream])
     assert system.env_steps == run["replay"]["env_steps"] and system.counts["model"] == run["online"].updates
     status, _ = advance_until(system, lambda status: status.done)
-    assert status.env_steps >= 3200 and status.updates == system.replay_status()["allowed"]["model"] > run["online"].updates
+    assert status.env_steps >= 2100 and status.updates == system.replay_status()["allowed"]["model"] > run["online"].updates
     system.pool.close()
     for actor in (*system.replays, *system.planners, *system.learners.values(), system.store, *system.evaluators.actors):
         ray.kill(actor)
