@@ -1,4 +1,4 @@
-"""The command line: train, eval, collect, data, report, bench. Errors that a user can mend print one line and exit with 2."""
+"""The command line: train, eval, collect, data, submit, jobs, tune, status, report, bench. Errors that a user can mend print one line and exit with 2."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ PREFIX = "modip_ray_"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 NICENESS = {"RAY_worker_niceness": "0"}      # Ray's default of 15 lets any other process of the machine take the actors' processor time
 LOOK_AGAIN_S = 2.0
+PROBE_S = 5.0
 
 
 @contextmanager
@@ -59,6 +61,20 @@ def remove_stale() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def probe(address: str) -> None:
+    """ConfigError where nobody listens at HOST:PORT, at once: ray.init would try for minutes. "auto" is Ray's to find."""
+    host, _, port = address.rpartition(":")
+    if address.startswith("ray://"):
+        raise ConfigError(f"resources.ray_address: got {address!r}, an address of Ray Client, which is far too slow for training; submit the run as a job "
+                          "instead: modip submit --address http://HEAD:8265 -- train ...")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+    except OSError as error:
+        raise ConfigError(f"resources.ray_address: nothing answers at {address!r} ({error}); start a cluster there, or use 'local' or 'auto'") from error
+
+
 def nodes() -> dict[str, Bundle]:
     """Resources of the nodes that are alive, by address and the beginning of the node's id."""
     return {f"{n['NodeManagerAddress']}/{n['NodeID'][:6]}": n["Resources"] for n in ray.nodes() if n["Alive"]}
@@ -92,6 +108,7 @@ class Cluster:
             with kept_signals(), environment(threads | NICENESS):                              # inherited; as a runtime_env it costs 0.5 to 1 s an actor
                 ray.init(address="local", num_cpus=cpus, resources=custom, _temp_dir=self.folder, include_dashboard=False, **quiet)
             return
+        probe(cfg.resources.ray_address)
         try:
             with kept_signals():
                 ray.init(address=cfg.resources.ray_address, runtime_env={"env_vars": threads}, **quiet)
