@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from modip_ray.actors.cluster import Cluster
-from modip_ray.actors.evaluators import Evaluators
+from modip_ray.actors.evaluators import AT_ONCE_S, Evaluators
 from modip_ray.actors.learner import LearnerActor, LearnerReport
 from modip_ray.actors.placement import PROBE, options
 from modip_ray.actors.planner import PlannerActor
@@ -30,7 +30,6 @@ from modip_ray.runfolder import RunError
 from modip_ray.timing import Timer, merge_snapshots
 
 SLICE_S = 1.0                       # one call of a worker or learner
-AT_ONCE_S = 0.5                     # how long the driver looks for numbers that it can do without
 
 
 class RaySystem:
