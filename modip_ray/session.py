@@ -33,14 +33,10 @@ class StopSignals:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self.install()
-        return self
-
-    def install(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.before.setdefault(number, signal.getsignal(number))
-                signal.signal(number, self.note)
+                self.before[number] = signal.signal(number, self.note)
+        return self
 
     def note(self, number: int, frame: object) -> None:
         if self.asked and number == signal.SIGINT:
