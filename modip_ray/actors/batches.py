@@ -16,16 +16,15 @@ from modip_ray.timing import Timer
 
 
 class Shard:
-    """Requests to one replay actor that are on their way. Ray may run an async actor's calls in any order, so batches that come early wait."""
+    """Requests to one replay actor that are on their way, for the updates used, used + 1, ... One that was lost is simply made again."""
 
     def __init__(self, replay: Any, stream: Stream, used: int):
         self.replay, self.stream, self.used = replay, stream, used
         self.asked: deque[ray.ObjectRef] = deque()
-        self.early: dict[int, Batch] = {}
 
     def ask(self, prefetch: int) -> None:
         while len(self.asked) < prefetch:
-            self.asked.append(self.replay.sample.remote(self.stream))
+            self.asked.append(self.replay.sample.remote(self.stream, self.used + len(self.asked)))
 
 
 class BatchSource:
@@ -53,23 +52,23 @@ class BatchSource:
         for shard in self.shards:
             shard.ask(self.prefetch)
         order = self.shards[self.turn:] + self.shards[:self.turn]
-        if len(order) == 1 or order[0].used in order[0].early:
+        if len(order) == 1:
             return order
         refs = [shard.asked[0] for shard in order]
         begun = time.perf_counter()
         ray.wait(refs, num_returns=1, timeout=self.timeout_s)
         self.timer.add("wait/replay", time.perf_counter() - begun)
         there = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
-        return sorted(order, key=lambda shard: shard.asked[0] not in there and shard.used not in shard.early)
+        return sorted(order, key=lambda shard: shard.asked[0] not in there)
 
     def take(self, shard: Shard) -> Batch | None:
-        while shard.used not in shard.early:
-            shard.ask(self.prefetch)
-            begun = time.perf_counter()
-            found = ray.get(shard.asked.popleft(), timeout=self.timeout_s)
-            self.timer.add("wait/collection" if found is None else "wait/replay", time.perf_counter() - begun)
-            if found is None:
-                return None
-            shard.early[found[0]] = {k: np.array(v) for k, v in found[1].items()}
+        shard.ask(self.prefetch)
+        begun = time.perf_counter()
+        found = ray.get(shard.asked[0], timeout=self.timeout_s)
+        self.timer.add("wait/collection" if found is None else "wait/replay", time.perf_counter() - begun)
+        if found is None:
+            shard.asked.clear()                                                     # those behind it have to wait as well
+            return None
+        shard.asked.popleft()
         shard.used += 1
-        return shard.early.pop(shard.used - 1)
+        return {k: np.array(v) for k, v in found.items()}

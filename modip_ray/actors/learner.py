@@ -14,12 +14,12 @@ import torch
 
 from modip_ray.actors.batches import BatchSource
 from modip_ray.actors.placement import sees
-from modip_ray.actors.replay import shard_updates
 from modip_ray.config import Config
 from modip_ray.learning.build import Spec, agent_of, device_of
 from modip_ray.learning.checkpoint import Checkpoint, write_state
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.replay_server import shard_updates
 from modip_ray.learning.updater import Updater, learner_state, load_learner
 from modip_ray.model.networks import flat_vector, load_vector
 from modip_ray.timing import Timer

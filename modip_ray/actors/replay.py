@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 
 from modip_ray.actors.placement import sees
 from modip_ray.config import Config
-from modip_ray.learning.checkpoint import Checkpoint, write_state
+from modip_ray.learning.checkpoint import Checkpoint, newest, write_state
 from modip_ray.learning.limiter import COLLECTION_WAITS, LEARNING_WAITS, STREAMS, Stream
-from modip_ray.learning.replay import Batch, Segment
-from modip_ray.learning.replay_server import build_replay, shard_config, shard_name
+from modip_ray.learning.replay import Batch
+from modip_ray.learning.replay_server import restored_replay, shard_name
+from modip_ray.learning.segment import Segment
 from modip_ray.tasks.episode import Episode
 from modip_ray.timing import Timer
 
 HOLD_S = 0.5                        # a call waits no longer than this for its turn; then it is answered "not yet"
-
-
-def shard_updates(state: Mapping[str, np.ndarray], shards: int) -> np.ndarray:
-    """How many of a learner's updates, by its checkpoint part, took their batch from each shard (n,)."""
-    return state["shard_updates"] if shards > 1 else state["updates"].reshape(1)
 
 
 class Ack(NamedTuple):
@@ -33,24 +28,32 @@ class Ack(NamedTuple):
     may_collect: bool
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
+@ray.remote(num_cpus=0, max_restarts=-1)
 class ReplayActor:
-    """One of replay.shards, with its own part of the offline episodes."""
+    """One of replay.shards, with its own part of the offline episodes.
 
-    def __init__(self, cfg: Config, episodes: list[Episode], checkpoint: Checkpoint | None, shard: int = 0):
-        self.timer, self.component = Timer(), shard_name(cfg, shard)
-        self.server = build_replay(shard_config(cfg, shard), episodes)
+    Killed, it comes back by itself as it was: from the newest checkpoint of the run's folder and from its journal. Calls that were on their way fail with
+    RayActorError (ActorUnavailableError among them) and can be made again: a segment that is stored is known by its id, a batch is asked for by the
+    number of its update.
+    """
+
+    def __init__(self, cfg: Config, episodes: list[Episode], checkpoint: Checkpoint | None, shard: int = 0, folder: Path | None = None):
+        """folder: the run's; its newest checkpoint of now counts, not the one given."""
+        self.timer, self.component, self.incarnation = Timer(), shard_name(cfg, shard), uuid.uuid4().hex[:8]
+        if folder is not None:
+            checkpoint = newest(folder / "checkpoints")
+        self.server = restored_replay(cfg, episodes, checkpoint, folder, shard)
         self.limiter = self.server.limiter
-        if checkpoint is not None:
-            counts = [int(shard_updates(checkpoint.read(f"learner_{s}"), cfg.replay.shards)[shard]) for s in STREAMS]
-            self.server.load_state(checkpoint.read(self.component), *counts)
         self.changed = asyncio.Condition()
 
     async def sees(self, folder: str, token: str) -> bool:
         return sees(folder, token)
 
     async def add(self, segments: list[Segment]) -> Ack:
-        """Store, then hold the answer while collection is too far ahead."""
+        """Store, then hold the answer while collection is too far ahead.
+
+        JournalError where the disk does not take them, Refused for a worker that was retired, ValueError for a segment that is not sound: nothing is stored.
+        """
         with self.timer("add"):
             self.server.add(segments)
         await self.notify()
@@ -61,18 +64,21 @@ class ReplayActor:
         await self.hold(self.limiter.may_collect, COLLECTION_WAITS)
         return Ack(self.server.env_steps, self.limiter.may_collect())
 
-    async def sample(self, stream: Stream) -> tuple[int, Batch] | None:
-        """The stream's next batch, with the number of the update it is for: Ray may run an async actor's calls in any order.
-
-        None when learning had to wait for collection longer than HOLD_S.
-        """
-        await self.hold(lambda: self.limiter.may_sample(stream), LEARNING_WAITS)
-        if not self.limiter.may_sample(stream):
+    async def sample(self, stream: Stream, update: int) -> Batch | None:
+        """The stream's batch for an update (0, 1, ...), which says as well that those before are made; None when learning had to wait longer than HOLD_S."""
+        self.limiter.note(stream, update)
+        await self.notify()
+        await self.hold(lambda: self.limiter.may_sample(stream, update), LEARNING_WAITS)
+        if not self.limiter.may_sample(stream, update):
             return None
         with self.timer("sample"):
-            number, batch = self.limiter.granted[stream], self.server.sample(stream)
+            batch = self.server.sample(stream, update)
         await self.notify()
-        return number, batch
+        return batch
+
+    async def retire(self, incarnation: str) -> None:
+        """Refuse the segments of a worker incarnation that was given up, from now on and after restarts too: `add` raises Refused."""
+        self.server.retire(incarnation)
 
     async def hold(self, ready: Any, reason: str) -> None:
         if ready():
@@ -95,9 +101,11 @@ class ReplayActor:
 
     async def status(self) -> dict[str, Any]:
         return {"env_steps": self.server.env_steps, "allowed": {s: self.limiter.allowed(s) for s in STREAMS}, "ahead": self.limiter.ahead(),
-                "transitions": self.server.replay.online.size, "segments": len(self.server.replay.seen), "timing": self.timer.snapshot()}
+                "transitions": self.server.replay.online.size, "segments": len(self.server.replay.seen),
+                "incarnation": self.incarnation, "refused": self.server.refused, "damaged": self.server.damaged, "timing": self.timer.snapshot()}
 
     async def save(self, folder: str) -> None:
         """The arrays are copied at once, so the checkpoint is of one moment; writing happens beside the loop."""
         state = {k: v.copy() for k, v in self.server.state().items()}
         await asyncio.to_thread(write_state, Path(folder), self.component, state)
+        await asyncio.to_thread(self.server.sync)

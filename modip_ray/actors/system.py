@@ -52,7 +52,7 @@ class RaySystem:
         self.planner_names = [f"planner-{run}-{i}" for i in range(cfg.planner.replicas)]
         self.store = WeightStore.options(name=self.store_name, **options(cfg, "store")).remote()
         started = self.store.put.remote("agent", 0, spec.weights)
-        self.replays = [ReplayActor.options(name=name, **options(cfg, "replay")).remote(cfg, episodes[i::shards], checkpoint, i)
+        self.replays = [ReplayActor.options(name=name, **options(cfg, "replay")).remote(cfg, episodes[i::shards], checkpoint, i, self.setup.folder)
                         for i, name in enumerate(self.replay_names)]
         learner = LearnerActor.options(**options(cfg, "learner"))
         self.learners = {s: learner.remote(cfg, spec, s, self.replay_names, self.store_name, checkpoint) for s in STREAMS}

@@ -38,13 +38,13 @@ class RateLimiter:
         usable = self.inserted if self.inserted >= self.min_online else 0
         return self.offline[stream] + int(self.rate[stream] * usable + 1e-9)
 
-    def may_sample(self, stream: Stream) -> bool:
-        return self.granted[stream] < self.allowed(stream)
+    def may_sample(self, stream: Stream, update: int | None = None) -> bool:
+        """Whether an update (0, 1, ...; None: the next one) may be made now."""
+        return (self.granted[stream] if update is None else update) < self.allowed(stream)
 
-    def grant(self, stream: Stream) -> int:
-        """Count one batch handed out; returns the number of the update it is for (0, 1, ...)."""
-        self.granted[stream] += 1
-        return self.granted[stream] - 1
+    def note(self, stream: Stream, updates: int) -> None:
+        """A learner has had the batches of so many updates. A replay that comes back from an older state learns here how far learning is."""
+        self.granted[stream] = max(self.granted[stream], updates)
 
     def is_online(self, stream: Stream, update: int) -> bool:
         return update >= self.offline[stream]

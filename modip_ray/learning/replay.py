@@ -7,33 +7,11 @@ Symbols: B rows, H horizon, Do / Da sizes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from modip_ray.tasks.episode import Episode
+from modip_ray.learning.segment import SeenIds, Segment
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive transitions of one episode, with what was planned at each step."""
-
-    observations: np.ndarray   # (T+1, Do) the last row is the true observation after the last action
-    actions: np.ndarray        # (T, Da) environment units
-    rewards: np.ndarray        # (T,)
-    terminated: bool           # the last step ended the episode for real; False: time limit, or the episode goes on in a later segment
-    plans: np.ndarray | None = None   # (T, H, Da) planned sequences
-    gains: np.ndarray | None = None   # (T,) predicted gain of each plan over the policy's own proposals (NaN where nothing was planned)
-    id: str = ""               # worker/incarnation/number: a segment sent twice is stored once
-
-    @staticmethod
-    def from_episode(episode: Episode) -> Segment:
-        return Segment(episode.observations, episode.actions, episode.rewards, episode.terminated)
-
-    def __len__(self) -> int:
-        return len(self.rewards)
 
 
 def discounted_suffix(rewards: np.ndarray, gamma: float) -> np.ndarray:
@@ -200,7 +178,7 @@ class MixedReplay:
     def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, seed: int, planned: bool):
         self.offline, self.online, self.planned = offline, online, planned
         self.rng = np.random.default_rng(seed)
-        self.seen: set[str] = set()
+        self.seen = SeenIds()
 
     def add(self, segment: Segment) -> bool:
         """Store an online segment; False when its id was stored before."""

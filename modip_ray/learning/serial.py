@@ -15,7 +15,7 @@ from modip_ray.learning.collector import Collector, Planned
 from modip_ray.learning.evaluation import DIAGNOSTIC_ROWS, Job, Outcome, diagnose, run_job
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
-from modip_ray.learning.replay_server import build_replay
+from modip_ray.learning.replay_server import restored_replay
 from modip_ray.learning.system import Phase, Report, Setup, Snapshot, Status, saved_bc
 from modip_ray.learning.updater import Updater, learner_state, load_learner
 from modip_ray.planning.planner import Planner
@@ -33,12 +33,11 @@ class SerialSystem:
         agent = agent_of(cfg, setup.spec, device_of(cfg))
         self.learner = Learner(cfg, agent, cfg.seed)
         self.updater = Updater(cfg, self.learner, self.timers["learner"])
-        self.replay = build_replay(cfg, setup.episodes)
+        self.replay = restored_replay(cfg, setup.episodes, setup.checkpoint, setup.folder, exact=True)
         self.bc = saved_bc(setup.checkpoint)
         if setup.checkpoint is not None:
             for stream in STREAMS:
                 load_learner(self.learner, stream, setup.checkpoint.read(f"learner_{stream}"))
-            self.replay.load_state(setup.checkpoint.read("replay"), self.learner.updates, self.learner.policy_updates)
         self.taken = self.replay.env_steps                                          # stored steps, and those in open segments
         self.planner = Planner(cfg, agent, seed=cfg.seed + self.taken, timer=self.timers["planner"])
         self.planner.agent = agent                                                  # the learner's own weights: nothing to publish in one process
@@ -97,6 +96,7 @@ class SerialSystem:
         for stream, part in learner_state(self.learner).items():
             write_state(folder, f"learner_{stream}", part)
         write_state(folder, "replay", self.replay.state())
+        self.replay.sync()
         if self.bc is not None:
             write_state(folder, "bc", {"policy": self.bc})
 
@@ -126,6 +126,9 @@ class SerialSystem:
         return {"replay/ahead": self.replay.limiter.ahead(), "replay/transitions": float(self.replay.replay.online.size)}
 
     def close(self) -> None:
+        if self.replay.journal is not None:
+            self.replay.journal.close()
+            self.replay.journal = None
         if self.collector is not None:
             self.collector.shutdown()
             self.collector = None

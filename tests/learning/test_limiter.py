@@ -20,10 +20,14 @@ def test_only_offline_updates_before_min_online():
     assert [rl.allowed(s) for s in STREAMS] == [10 + 50, 20 + 100]
 
 
-def test_grants_count_updates_and_say_which_are_online():
+def test_batches_handed_out_are_counted_and_say_which_are_online():
     rl = limiter()
-    numbers = [rl.grant("model") for _ in range(10)]
-    assert numbers == list(range(10)) and not rl.may_sample("model") and rl.may_sample("policy")
+    for update in range(10):
+        assert rl.may_sample("model", update) and rl.may_sample("model")
+        rl.note("model", update + 1)
+    assert not rl.may_sample("model") and not rl.may_sample("model", 10) and rl.may_sample("model", 3) and rl.may_sample("policy")
+    rl.note("model", 4)
+    assert rl.granted["model"] == 10, "a batch asked for again changes nothing"
     assert not rl.is_online("model", 9) and rl.is_online("model", 10)
 
 
@@ -63,7 +67,7 @@ def test_somebody_may_always_go_on(rate, per, slack, minimum, inserts, data):
         for s in STREAMS:
             for _ in range(data.draw(st.integers(0, 200))):
                 if rl.may_sample(s):
-                    rl.grant(s)
+                    rl.note(s, rl.granted[s] + 1)
         assert rl.may_collect() or any(rl.may_sample(s) for s in STREAMS)
         assert all(rl.granted[s] <= rl.allowed(s) for s in STREAMS)
 
@@ -72,4 +76,4 @@ def test_somebody_may_always_go_on(rate, per, slack, minimum, inserts, data):
 def test_counts_survive_a_resume(stream):
     rl = limiter()
     rl.set_counts(300, 77, 88)
-    assert rl.grant(stream) == {"model": 77, "policy": 88}[stream]
+    assert rl.inserted == 300 and rl.granted[stream] == {"model": 77, "policy": 88}[stream]
