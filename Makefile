@@ -4,6 +4,8 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Two test files at a time, the long ones first (tests/README.md).
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
 export PYTHONUNBUFFERED := 1
 
@@ -27,7 +29,7 @@ demo: install
 	$(BIN)/python -m modip_ray train --config demo run_dir=runs/demo
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 bench: install
 	$(BIN)/python -m modip_ray bench all --json results/bench/$$(date +%F).json

@@ -23,6 +23,7 @@ from modip_ray.search.settings import trial_settings
 from modip_ray.search.spec import load_search
 from modip_ray.search.trial import Trial, start_checkpoint
 from tests.fakes import SMALL, write_data
+from tests.private_ray import private_ray
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -244,12 +245,8 @@ def test_collected_data_are_shared_by_the_trials(tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray = pytest.importorskip("ray")
-    from modip_ray.actors.cluster import NICENESS, environment
-    with environment({"OMP_NUM_THREADS": "1", **NICENESS}):
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with private_ray(num_cpus=2):
+        yield
 
 
 @pytest.mark.ray

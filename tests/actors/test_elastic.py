@@ -12,6 +12,7 @@ from modip_ray.learning.checkpoint import begin, commit
 from modip_ray.learning.system import Setup
 from modip_ray.tasks.collect import collect
 from tests.fakes import STEPS, Noisy, PointEnv, small
+from tests.private_ray import QUIET, surroundings
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
@@ -29,11 +30,10 @@ class SlowPoint(PointEnv):
 def nodes():
     from ray.cluster_utils import Cluster
 
-    from modip_ray.actors.cluster import environment
-    with environment({"OMP_NUM_THREADS": "1"}):
+    with surroundings():
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": {"trainer": 1}, "include_dashboard": False})
         cluster.add_node(num_cpus=1, resources={"rollout": 1})
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, **QUIET)
     yield cluster
     ray.shutdown()
     cluster.shutdown()

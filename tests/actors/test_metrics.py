@@ -15,6 +15,7 @@ from modip_ray.actors.metrics import MEANINGS, RaySink, Sample, markdown, sample
 from modip_ray.report.metrics import read_metrics
 from modip_ray.run import train
 from tests.fakes import PointEnv, small, write_data
+from tests.private_ray import private_ray
 
 ray = pytest.importorskip("ray")
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,19 +57,16 @@ class Scraper(threading.Thread):
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     """A run in a private Ray that reports every second, its rows, and what a scraper saw meanwhile."""
-    from modip_ray.actors.cluster import environment
     folder = tmp_path_factory.mktemp("metrics") / "watched"
-    with environment({"OMP_NUM_THREADS": "1", "RAY_metrics_report_interval_ms": "1000"}):
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    scraper = Scraper()
-    scraper.start()
-    try:
-        cfg = small(folder, write_data(folder.parent / "data.hdf5"), online__env_steps=1500, eval__every_steps=300, log__checkpoint_every_s=1.0)
-        train(cfg, PointEnv)
-    finally:
-        scraper.over.set()
-        scraper.join(15)
-        ray.shutdown()
+    with private_ray(variables={"RAY_metrics_report_interval_ms": "1000"}):
+        scraper = Scraper()
+        scraper.start()
+        try:
+            cfg = small(folder, write_data(folder.parent / "data.hdf5"), online__env_steps=1500, eval__every_steps=300, log__checkpoint_every_s=1.0)
+            train(cfg, PointEnv)
+        finally:
+            scraper.over.set()
+            scraper.join(15)
     return read_metrics(folder), scraper
 
 

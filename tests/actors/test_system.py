@@ -17,6 +17,7 @@ from modip_ray.learning.system import Setup
 from modip_ray.learning.updater import Updater
 from modip_ray.tasks.collect import collect
 from tests.fakes import STEPS, Noisy, PointEnv, small
+from tests.private_ray import private_ray
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
@@ -24,12 +25,9 @@ STEPS_ONLINE = 1200
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    from modip_ray.actors.cluster import environment
-    with environment({"OMP_NUM_THREADS": "1"}):
-        ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+def cluster():
+    with private_ray(num_gpus=1):
+        yield
 
 
 def setup(**dotted) -> Setup:

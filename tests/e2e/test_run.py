@@ -19,6 +19,7 @@ from tests.fakes import SMALL, PointEnv, small, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+SYSTEMS = pytest.mark.parametrize("serial", [True, pytest.param(False, marks=pytest.mark.ray)], ids=["serial", "ray"])
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def online_checkpoint(run: Path):
     return lambda: any("_u" in p.name and not p.name.startswith("step_000000000") for p in folders(run / "checkpoints"))
 
 
-@pytest.mark.parametrize("serial", [True, False], ids=["serial", "ray"])
+@SYSTEMS
 def test_train_kill_resume_eval(tmp_path, data, serial):
     run = tmp_path / "run"
     args = command(run, data, serial=serial, log__checkpoint_every_s=0.2, online__env_steps=900)
@@ -98,7 +99,7 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
     assert third.returncode == 0 and "MPC" in third.stdout and "evaluate" not in third.stderr, "a finished run only prints its table again"
 
 
-@pytest.mark.parametrize("serial", [True, False], ids=["serial", "ray"])
+@SYSTEMS
 def test_sigterm_saves_and_says_how_to_resume(tmp_path, data, serial):
     run = tmp_path / "run"
     args = command(run, data, serial=serial, pretrain__updates=100_000, log__checkpoint_every_s=1000.0)
