@@ -47,7 +47,7 @@ class SleepingEnv(gym.Env):
 class FakeAccelerator:
     """Plans of nothing, in the time that `fleet` says; in the place of PlanServer."""
 
-    device, pending, start_thread = "fake", None, None
+    device, pending, start_thread, not_finite = "fake", None, None, 0
 
     def __init__(self, fleet: Fleet, horizon: int, timer: Timer):
         self.fleet, self.horizon, self.timer = fleet, horizon, timer

@@ -34,7 +34,7 @@ def mendable() -> tuple[type[Exception], ...]:
     from modip_ray.runfolder import RunError
     from modip_ray.tasks.dataset import DataError
     from modip_ray.tasks.envs import EnvError
-    return ConfigError, DataError, EnvError, CheckpointError, RunError, FileNotFoundError
+    return ConfigError, DataError, EnvError, CheckpointError, RunError, FloatingPointError, FileNotFoundError
 
 
 def parser() -> argparse.ArgumentParser:

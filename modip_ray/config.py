@@ -138,6 +138,14 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Learner:
+    explodes: float
+    max_bad_updates: int
+    snapshot_every: int
+    max_roll_backs: int
+
+
+@dataclass(frozen=True)
 class Pretrain:
     updates: int
     policy_updates: int
@@ -237,6 +245,7 @@ class Config:
     planner: Planner
     guard: Guard
     distill: Distill
+    learner: Learner
     pretrain: Pretrain
     online: Online
     rollout: Rollout

@@ -20,6 +20,7 @@ POSITIVE = """
     replay.shards replay.capacity replay.prefetch
     eval.episodes eval.every_episodes eval.bootstrap task.max_episode_steps data.transitions resources.torch_threads resources.call_timeout_s
     log.every_s log.keep_checkpoints distill.beta distill.n_step
+    learner.max_bad_updates learner.snapshot_every learner.max_roll_backs
 """.split()
 
 FRACTIONS = """
@@ -78,6 +79,7 @@ def model_rules(cfg: Config) -> None:
         need(p.width % 4 == 0, "policy.width", p.width, "must be a multiple of 4 for the unet")
         need(p.blocks > 0, "policy.blocks", p.blocks, "must be at least 1 for the unet")
     need(w.latent % w.simnorm_group == 0, "world_model.latent", w.latent, f"must be a multiple of world_model.simnorm_group={w.simnorm_group}")
+    need(cfg.learner.explodes > 1, "learner.explodes", cfg.learner.explodes, "must be above 1: a multiple of the usual gradient norm")
     need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
 
 

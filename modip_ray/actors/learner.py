@@ -30,6 +30,7 @@ class LearnerReport(NamedTuple):
     count: int
     metrics: dict[str, float]
     timing: dict[str, Any]
+    incidents: list[str]
 
 
 @ray.remote(max_restarts=0)
@@ -63,7 +64,8 @@ class LearnerActor:
             batch = self.batches.next()
             if batch is not None:
                 self.updater.update(self.stream, batch)
-        return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot())
+        return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot(),
+                             self.updater.take_incidents())
 
     def update(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
         """One update on a given batch (tests compare it with the serial one)."""

@@ -79,4 +79,4 @@ class PlannerActor:
 
     async def status(self) -> dict[str, Any]:
         return {"timing": self.timer.snapshot(), "totals": self.queue.totals.copy(), "queued": len(self.queue.waiting), "device": self.server.device,
-                "versions": self.versions}
+                "versions": self.versions, "not_finite": self.server.not_finite}

@@ -68,6 +68,7 @@ class RaySystem:
         self.pool: RolloutPool | None = None
         self.working: dict[ray.ObjectRef, tuple[Stream, float]] = {}
         self.snapshots: dict[str, dict[Any, Snapshot]] = {}
+        self.incidents: list[str] = []                                              # of the learners
         self.totals_before = np.zeros(4)                                            # BatchQueue.totals of all planners at the last gauges
         self.bc = saved_bc(checkpoint)
         if self.bc is not None:
@@ -99,6 +100,7 @@ class RaySystem:
                 for report in self.learner_reports(max(0.0, min(SLICE_S / 2, deadline - time.monotonic()))):
                     metrics |= report.metrics
         returns, incidents = self.pool_news()
+        incidents, self.incidents = self.incidents + incidents, []
         return Status(self.env_steps, self.counts["model"], self.counts["policy"], done, metrics, returns, incidents)
 
     def is_done(self, phase: Phase) -> bool:
@@ -142,6 +144,7 @@ class RaySystem:
         for report in reports:
             self.counts[report.stream] = report.count
             self.snapshots.setdefault("learner", {})[report.stream] = report.timing
+            self.incidents += report.incidents
         oldest = min((at for _, at in self.working.values()), default=time.monotonic())
         if time.monotonic() - oldest > self.cfg.resources.call_timeout_s + 2 * SLICE_S:
             raise RunError(f"a learner did not answer for {self.cfg.resources.call_timeout_s:g} s (resources.call_timeout_s); "
@@ -221,6 +224,7 @@ class RaySystem:
             found |= {"planner/rows_per_batch": rows / batches, "planner/answer_ms": 1e3 * waited / requests}
         newest = self.call([self.store.status.remote()], "the weight store")[0]
         behind = [newest["model"][0] - p["versions"]["model"] for p in planners if "model" in p["versions"]]
+        found["planner/not_finite"] = float(sum(p["not_finite"] for p in planners))
         return found | {"planner/queued": float(sum(p["queued"] for p in planners)), "planner/updates_behind": float(max(behind, default=0)),
                         "planner/seconds_behind": newest["model"][1] if any(behind) else 0.0}
 

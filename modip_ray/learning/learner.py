@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from modip_ray.config import Config
 from modip_ray.learning.distill import imitation_weights
+from modip_ray.learning.guard import UpdateGuard
+from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.model.agent import Agent
 from modip_ray.model.critic import td_target
 from modip_ray.model.hardware import compiled, uses_compile
@@ -23,6 +25,7 @@ from modip_ray.model.networks import ema_update
 
 Metrics = dict[str, Tensor]
 T = TypeVar("T")
+SKIPPED = "guard/skipped"           # 1.0 in the metrics of an update that the guard skipped
 
 
 def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -41,14 +44,14 @@ class Learner:
         self.policy = copy.deepcopy(agent.policy)                                   # trained; agent.policy is its running average
         self.target_critic = copy.deepcopy(agent.critic).requires_grad_(False)
         self.rng = torch.Generator(self.device).manual_seed(seed)
-        self.updates, self.policy_updates = 0, 0
+        self.updates, self.policy_updates = 0, 0                                    # skipped ones included
+        self.guards: dict[Stream, UpdateGuard] = {s: UpdateGuard(cfg.learner.explodes, self.device) for s in STREAMS}
         self.model_loss, self.policy_loss = self.world_model_and_value_loss, self.policy.loss
         if uses_compile(cfg) and cfg.resources.learner_precision == "fp32":         # torch 2.13 generates invalid code for bf16 backward passes
             self.model_loss, self.policy_loss = compiled(self.model_loss, "the learner"), compiled(self.policy_loss, "the policy learner")
         w = cfg.world_model
         encoder = list(agent.world_model.encoder.parameters())
         rest = [p for p in agent.world_model.parameters() if not any(p is e for e in encoder)] + list(agent.critic.parameters())
-        self.model_params = encoder + rest
         self.model_opt = torch.optim.Adam([{"params": encoder, "scale": w.encoder_lr_scale}, {"params": rest, "scale": 1.0}], lr=w.lr, fused=True)
         self.policy_opt = torch.optim.Adam([{"params": list(self.policy.parameters()), "scale": 1.0}], lr=cfg.policy.lr, fused=True)
 
@@ -62,13 +65,24 @@ class Learner:
     def update_model(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """One step of world model and critic on a batch of `ReplayBuffer.sequences`."""
         loss, metrics = self.with_precision(self.model_loss, to_tensors(batch, self.device))
-        self.model_opt.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.model_params, self.cfg.world_model.grad_clip)
-        self.model_opt.step()
+        norm, skipped = self.step(self.model_opt, loss, self.guards["model"], self.updates, self.cfg.world_model.grad_clip)
         ema_update(self.target_critic, self.agent.critic, self.cfg.critic.tau)
         self.updates += 1
-        return {**metrics, "model/grad_norm": grad_norm.detach()}
+        return {**metrics, "model/grad_norm": norm, SKIPPED: skipped}
+
+    def step(self, opt: torch.optim.Adam, loss: Tensor, guard: UpdateGuard, count: int, clip: float = math.inf) -> tuple[Tensor, Tensor]:
+        """Backward pass and the optimiser's step, with the gradient norm limited to `clip`; the guard may say that there is none.
+
+        Returns the norm () before that, and 1.0 where the step was skipped. As torch.amp.GradScaler does, both the divisor of the gradient and
+        the verdict go to the optimiser as tensors, so nothing is read back.
+        """
+        opt.zero_grad()
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for group in opt.param_groups for p in group["params"]])
+        opt.grad_scale = ((norm + 1e-6) / clip).clamp(min=1)
+        opt.found_inf = skipped = guard(loss.detach(), norm, count)
+        opt.step()
+        return norm, skipped
 
     def world_model_and_value_loss(self, b: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         cfg, model, critic, norm = self.cfg, self.agent.world_model, self.agent.critic, self.agent.normalizer
@@ -103,12 +117,10 @@ class Learner:
         t = torch.randint(self.policy.denoising_steps, (len(obs),), generator=self.rng, device=self.device)
         noise = torch.randn(chunk.shape, generator=self.rng, device=self.device)
         loss = self.with_precision(self.policy_loss, obs, chunk, weight, b["mask"], t, noise)
-        self.policy_opt.zero_grad()
-        loss.backward()
-        self.policy_opt.step()
+        norm, skipped = self.step(self.policy_opt, loss, self.guards["policy"], self.policy_updates)
         self.policy_updates += 1
         ema_update(self.agent.policy, self.policy, 1 - self.ema_decay())
-        return {"loss/policy": loss.detach(), "distill/share": (weight > 0).float().mean()}
+        return {"loss/policy": loss.detach(), "policy/grad_norm": norm, "distill/share": (weight > 0).float().mean(), SKIPPED: skipped}
 
     def with_precision(self, loss: Callable[..., T], *args: Any) -> T:
         """A loss with its matrix products in bf16 where resources.learner_precision says so; their gradients follow."""
@@ -137,6 +149,11 @@ class Learner:
 
 
 def mean_metrics(rows: Iterable[Metrics]) -> dict[str, float]:
-    """Means over updates, read from the device once."""
+    """Means over the updates that were not skipped, read from the device once; {} where there is none."""
     rows = list(rows)
-    return {k: float(torch.stack([r[k].float() for r in rows]).mean()) for k in (rows[0] if rows else {})}
+    if not rows:
+        return {}
+    names = [k for k in rows[0] if k != SKIPPED]
+    table = torch.stack([torch.stack([r[k].float() for r in rows]) for k in (*names, SKIPPED)]).cpu()           # (metrics + 1, rows)
+    good = table[:-1, table[-1] == 0]
+    return dict(zip(names, good.mean(1).tolist(), strict=True)) if good.shape[1] else {}

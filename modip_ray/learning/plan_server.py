@@ -24,6 +24,10 @@ class PlanServer:
         self.pending: tuple[Newer, int] | None = None
         self.compiling = CompileBeside(planner.search) if uses_compile(cfg) else None
 
+    @property
+    def not_finite(self) -> int:
+        return self.planner.not_finite
+
     def __call__(self, queries: list[Query]) -> list[Planned | Exception]:
         self.swap_weights()
         try:

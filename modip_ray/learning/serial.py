@@ -62,7 +62,8 @@ class SerialSystem:
                 with self.timers["driver"]("collect"):
                     self.collect()
         returns, self.returns = self.returns, []
-        return Status(self.replay.env_steps, self.learner.updates, self.learner.policy_updates, done, self.updater.take_metrics(), returns)
+        return Status(self.replay.env_steps, self.learner.updates, self.learner.policy_updates, done, self.updater.take_metrics(), returns,
+                      self.updater.take_incidents())
 
     def next_stream(self) -> Stream | None:
         """The stream that is furthest behind among those that may update."""
@@ -123,7 +124,8 @@ class SerialSystem:
         return {role: (timer.snapshot(), 1) for role, timer in self.timers.items()}
 
     def gauges(self) -> dict[str, float]:
-        return {"replay/ahead": self.replay.limiter.ahead(), "replay/transitions": float(self.replay.replay.online.size)}
+        return {"replay/ahead": self.replay.limiter.ahead(), "replay/transitions": float(self.replay.replay.online.size),
+                "planner/not_finite": float(self.planner.not_finite)}
 
     def close(self) -> None:
         if self.replay.journal is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from modip_ray.config import Config
 from modip_ray.learning.checkpoint import CheckpointError
+from modip_ray.learning.guard import DivergedError, extremes
 from modip_ray.learning.learner import Learner, Metrics, mean_metrics
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.timing import Timer
@@ -16,12 +19,23 @@ from modip_ray.timing import Timer
 State = dict[str, np.ndarray]
 
 
+class Snapshot(NamedTuple):
+    count: int                      # updates made when it was taken
+    state: State                    # as `learner_state` has it
+
+
 class Updater:
-    """Drives a `Learner` by batches. Serially one Updater makes both streams of updates; under Ray each stream has its own process and Updater."""
+    """Drives a `Learner` by batches. Serially one Updater makes both streams of updates; under Ray each stream has its own process and Updater.
+
+    After learner.max_bad_updates skipped updates in a row a stream goes back to its last good snapshot; `incidents` says so, in words.
+    """
 
     def __init__(self, cfg: Config, learner: Learner, timer: Timer | None = None):
         self.cfg, self.learner, self.timer = cfg, learner, timer or Timer()
         self.rows: dict[Stream, list[Metrics]] = {s: [] for s in STREAMS}
+        self.snapshots: dict[Stream, Snapshot] = {}
+        self.roll_backs: dict[Stream, int] = dict.fromkeys(STREAMS, 0)              # since the last snapshot
+        self.incidents: list[str] = []
 
     def count(self, stream: Stream) -> int:
         """Updates made."""
@@ -32,18 +46,63 @@ class Updater:
 
     def update(self, stream: Stream, batch: Mapping[str, np.ndarray]) -> None:
         """The next update of a stream: offline ones first, with a cosine step size and plain behaviour cloning, then online ones."""
+        if stream not in self.snapshots:
+            self.take_snapshot(stream)
         count, offline = self.count(stream), self.offline(stream)
         online = count >= offline
         self.learner.set_lr(count / max(offline, 1), online)
         with self.timer(f"update/{stream}"):
             metrics = self.learner.update_model(batch) if stream == "model" else self.learner.update_policy(batch, distil=online)
         self.rows[stream].append(metrics)
+        if (count + 1) % self.cfg.learner.max_bad_updates == 0:                     # the device is asked now and then only
+            self.check(stream, batch)
 
     def take_metrics(self) -> dict[str, float]:
-        """Means over the updates since the last call."""
+        """Means over the updates since the last call, and how many were skipped since this process began."""
         means = {k: v for s in STREAMS for k, v in mean_metrics(self.rows[s]).items()}
+        skipped = {f"guard/skipped_{s}": float(self.learner.guards[s].skipped) for s in STREAMS if self.rows[s]}
         self.rows = {s: [] for s in STREAMS}
-        return means
+        return means | skipped
+
+    def take_incidents(self) -> list[str]:
+        incidents, self.incidents = self.incidents, []
+        return incidents
+
+    # ---- the way back from numbers that are not finite or explode ------------------------------------------------------------------------------
+
+    def check(self, stream: Stream, batch: Mapping[str, np.ndarray]) -> None:
+        """Go back where all updates since the last check were skipped; take a snapshot where one is due and the numbers are good."""
+        streak = int(self.learner.guards[stream].streak)
+        if streak >= self.cfg.learner.max_bad_updates:
+            self.roll_back(stream, streak, batch)
+        elif not streak and self.count(stream) - self.snapshots[stream].count >= self.cfg.learner.snapshot_every:
+            self.take_snapshot(stream)
+
+    def take_snapshot(self, stream: Stream) -> None:
+        """Weights that are not finite make none: the one before stays."""
+        if math.isfinite(largest(learner_tensors(self.learner, stream).values())) or stream not in self.snapshots:
+            self.snapshots[stream] = Snapshot(self.count(stream), learner_state(self.learner, [stream])[stream])
+            self.roll_backs[stream] = 0
+
+    def roll_back(self, stream: Stream, streak: int, batch: Mapping[str, np.ndarray]) -> None:
+        """Weights and optimiser of the last snapshot; the count of updates goes on. DivergedError where that was done too often already."""
+        last = ", ".join(f"{k} {float(v):.4g}" for k, v in self.rows[stream][-1].items())
+        seen = (f"the {stream} learner skipped its last {streak} updates, up to number {self.count(stream)}; the last one had {last}; "
+                f"largest weight {largest(learner_tensors(self.learner, stream).values()):.4g}; its batch: {extremes(batch)}")
+        self.roll_backs[stream] += 1
+        if self.roll_backs[stream] > self.cfg.learner.max_roll_backs:
+            name = "world_model.lr" if stream == "model" else "policy.lr"
+            raise DivergedError(f"training does not recover after {self.cfg.learner.max_roll_backs} roll-backs (learner.max_roll_backs): {seen}. Look for "
+                                f"such numbers in the data or the environment's rewards, or lower {name}; the same command resumes from the last checkpoint")
+        count, snapshot = self.count(stream), self.snapshots[stream]
+        load_learner(self.learner, stream, snapshot.state | {"updates": np.array(count)})
+        self.learner.guards[stream].reset()
+        self.incidents.append(f"{seen}; back to the weights of update {snapshot.count}")
+
+
+def largest(tensors: Iterable[torch.Tensor]) -> float:
+    """Greatest absolute value; NaN where one is NaN."""
+    return float(torch.stack([t.detach().abs().max() for t in tensors if t.numel()]).max())
 
 
 # ---- checkpoint parts ------------------------------------------------------------------------------------------------------------------------

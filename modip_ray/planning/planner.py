@@ -30,7 +30,8 @@ class Plan:
 
     actions: np.ndarray    # (B, c, Da) to be executed now
     plans: np.ndarray      # (B, H, Da) the whole planned sequence
-    gains: np.ndarray      # (B,) predicted return of the plan minus that of the policy's own proposals, less the guard's penalty (NaN in policy mode)
+    gains: np.ndarray      # (B,) predicted return of the plan minus that of the policy's own proposals, less the guard's penalty; NaN in policy
+                           # mode, and where the plan is not finite
     version: int           # of the weights that planned
 
 
@@ -69,6 +70,7 @@ class Planner:
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.warm = WarmStarts(cfg.planner.horizon, agent.action_dim, self.device)
         self.version, self.env_steps = 0, 0
+        self.not_finite = 0                                                         # plans in whose place the policy's own action was taken
         self.timer = timer or Timer()
 
     @property
@@ -127,8 +129,9 @@ class Planner:
         act = plan[:, :c]
         if explore:
             act = torch.where(accepted[:, None, None], (act + std[:, :c] * self.noise(tuple(act.shape))).clamp(-1, 1), act)
-        raw = self.agent.normalizer.raw_action
-        return Plan(raw(act).cpu().numpy(), raw(plan).cpu().numpy(), gain.cpu().numpy(), self.version)
+        raw, gains = self.agent.normalizer.raw_action, gain.cpu().numpy()
+        self.not_finite += int(np.isnan(gains).sum())
+        return Plan(raw(act).cpu().numpy(), raw(plan).cpu().numpy(), gains, self.version)
 
     def trust_region(self) -> tuple[float, float]:
         """(largest std of Gaussian candidates, how far they may leave the range of the policy's proposals), widening with online data."""

@@ -26,7 +26,7 @@ class Noise(NamedTuple):
 class Found(NamedTuple):
     plan: Tensor           # (B, H, Da) in -1..1; the policy's own first proposal where the guard says no
     std: Tensor            # (B, H, Da) spread of the elites
-    gain: Tensor           # (B,) of the refined plan over the proposals' mean, less the guard's penalty
+    gain: Tensor           # (B,) of the refined plan over the proposals' mean, less the guard's penalty; NaN where that is not finite
     accepted: Tensor       # (B,) bool: the guard lets the refined plan through
 
 
@@ -59,7 +59,8 @@ class Search:
                       warm, has_warm, noise.gaussian, low=low, high=high, n_elites=p.elites, temperature=p.temperature,
                       std_min=p.std_min, std_max=std_max)
         gain = self.guarded_gain(self.returns(z, result.mean[:, None]), reference)[:, 0]               # (B,)
-        accepted = (gain > g.min_gain) & torch.isfinite(gain)                       # the guard: else act as the policy would
+        gain = torch.where(gain.isfinite(), gain, torch.nan)                        # nothing that can be called a plan, as gains in replay have it
+        accepted = gain > g.min_gain                                                # the guard: else act as the policy would
         return Found(torch.where(accepted[:, None, None], result.mean, proposals[:, 0]), result.std, gain, accepted)
 
     def returns(self, z: Tensor, actions: Tensor) -> Tensor:

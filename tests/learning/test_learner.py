@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modip_ray.config import load
-from modip_ray.learning.learner import Learner, mean_metrics
+from modip_ray.learning.learner import Learner
 from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment
 from modip_ray.model.agent import Agent
 
@@ -218,8 +218,3 @@ def test_every_rule_updates_on_mixed_batches(rule, parametrization):
     out = learner.update_policy(mixed.chunks(64, 2, 3, 0.5), distil=True)
     assert np.isfinite(float(out["loss/policy"])) and 0 <= float(out["distill/share"]) <= 1
     assert all(torch.isfinite(p).all() for p in learner.policy.parameters())
-
-
-def test_mean_metrics():
-    rows = [{"a": torch.tensor(1.0), "b": torch.tensor(2)}, {"a": torch.tensor(2.0), "b": torch.tensor(4)}]
-    assert mean_metrics(rows) == {"a": 1.5, "b": 3.0} and mean_metrics([]) == {}

@@ -179,9 +179,23 @@ def test_with_nan_weights_the_policy_acts(make_planner, part):
     planner.agent.policy.sample = lambda *args: drawn.append(sample(*args)) or drawn[-1]
     plan = planner.plan(OBS, range(5), NEW, explore=True)
     np.testing.assert_allclose(plan.plans, drawn[0][:, 0, :3].numpy(), atol=1e-6)
-    assert np.isfinite(plan.actions).all() and np.isnan(plan.gains).all()
+    assert np.isfinite(plan.actions).all() and np.isnan(plan.gains).all() and planner.not_finite == 5
     plan = planner.plan(OBS, range(5), OLD)                         # and the warm starts hold no NaN afterwards
-    assert np.isfinite(plan.plans).all()
+    assert np.isfinite(plan.plans).all() and planner.not_finite == 10
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_rows_whose_plan_is_not_finite_get_the_policys_own_action(make_planner, value):
+    planner = fake_task(make_planner())
+    planner.agent.world_model.encode = lambda s: torch.zeros(len(s), 16).index_put((torch.tensor([1, 3]), torch.tensor([1])), torch.tensor(1.0))
+    planner.agent.critic.forward = lambda z: torch.where(z[:, 1] > 3, value, 0.0).expand(3, -1)      # fake latents count on: 1 + horizon
+    drawn = []
+    sample = planner.agent.policy.sample
+    planner.agent.policy.sample = lambda *args: drawn.append(sample(*args)) or drawn[-1]
+    plan = planner.plan(OBS, range(5), NEW, explore=True)
+    assert np.isnan(plan.gains).tolist() == [False, True, False, True, False] and planner.not_finite == 2
+    np.testing.assert_allclose(plan.plans[[1, 3]], drawn[0][[1, 3], 0, :3].numpy(), atol=1e-6)
+    assert np.isfinite(plan.actions).all() and (plan.gains[[0, 2, 4]] > 0).all()
 
 
 def test_exploration_adds_the_plans_spread(make_planner):
