@@ -43,7 +43,7 @@ class RunFolder:
             raise RunError(f"{self.path}: holds checkpoints but no config.yaml; restore it, or use another run_dir")
         if earlier is not None:
             check_same(earlier, cfg, self.path)
-        self.checkpoint: Checkpoint | None = newest(self.checkpoints)
+        self.checkpoint: Checkpoint | None = newest(self.checkpoints, set_aside=True)
         write_synced(self.path / "config.yaml", cfg.dump())
 
     @property

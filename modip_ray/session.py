@@ -174,14 +174,13 @@ class Session:
     # ---- checkpoints -------------------------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint of everything; the counters in it are those of the last status."""
+        """A checkpoint of everything, after the rows of what it holds."""
         if self.system is None:
             return
-        s = self.status
-        folder = begin(self.folder.checkpoints, s.env_steps, s.updates)
-        self.system.save(folder)
-        counters = {"phase": self.phase, "env_steps": s.env_steps, "updates": s.updates, "policy_updates": s.policy_updates,
-                    "next_eval": self.next_eval, "phase_s": self.seconds_by_phase()}
+        if self.pending:
+            self.write_train_row()
+        folder = begin(self.folder.checkpoints)
+        counters = {"phase": self.phase, **self.system.save(folder), "next_eval": self.next_eval, "phase_s": self.seconds_by_phase()}
         commit(folder, counters, self.cfg.log.keep_checkpoints)
         self.saved_at = time.monotonic()
         self.write_timings()

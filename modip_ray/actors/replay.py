@@ -104,8 +104,9 @@ class ReplayActor:
                 "transitions": self.server.replay.online.size, "segments": len(self.server.replay.seen),
                 "incarnation": self.incarnation, "refused": self.server.refused, "damaged": self.server.damaged, "timing": self.timer.snapshot()}
 
-    async def save(self, folder: str) -> None:
-        """The arrays are copied at once, so the checkpoint is of one moment; writing happens beside the loop."""
-        state = {k: v.copy() for k, v in self.server.state().items()}
+    async def save(self, folder: str) -> int:
+        """The arrays are copied at once, so the checkpoint is of one moment; writing happens beside the loop. Returns the environment steps in it."""
+        state, env_steps = {k: v.copy() for k, v in self.server.state().items()}, self.server.env_steps
         await asyncio.to_thread(write_state, Path(folder), self.component, state)
         await asyncio.to_thread(self.server.sync)
+        return env_steps

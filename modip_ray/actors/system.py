@@ -25,7 +25,7 @@ from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import write_state
 from modip_ray.learning.evaluation import Job, Outcome
 from modip_ray.learning.limiter import STREAMS, Stream
-from modip_ray.learning.system import Phase, Report, Setup, Snapshot, Status, saved_bc
+from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status, saved_bc
 from modip_ray.runfolder import RunError
 from modip_ray.timing import Timer, merge_snapshots
 
@@ -176,12 +176,13 @@ class RaySystem:
             self.learner_reports(SLICE_S)
         self.call([learner.settle.remote() for learner in self.learners.values()], "a learner")
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Counts:
         with self.timer("checkpoint"):
-            parts = [*self.replays, *self.learners.values()]
-            self.call([actor.save.remote(str(folder)) for actor in parts], "a checkpoint part")
             if self.bc is not None:
                 write_state(folder, "bc", {"policy": self.bc})
+            updates = dict(zip(self.learners, self.call([a.save.remote(str(folder)) for a in self.learners.values()], "a learner's checkpoint"), strict=True))
+            stored = self.call([replay.save.remote(str(folder)) for replay in self.replays], "the replay's checkpoint")
+        return {"env_steps": sum(stored), "updates": updates["model"], "policy_updates": updates["policy"]}
 
     # ---- evaluation --------------------------------------------------------------------------------------------------------------------------
 

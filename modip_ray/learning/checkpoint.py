@@ -1,4 +1,8 @@
-"""Checkpoints: a folder for each, one npz file a component, and a `done` marker with every file's sha256 that is written last. No pickle."""
+"""Checkpoints: a folder for each, one safetensors file a component, and a `done` marker with every file's sha256 that is written last. No pickle.
+
+Format 2 (FORMAT in the marker): components are safetensors. Format 1 had npz files and a marker of bare sums; it is still read. Components may write
+any other files into the folder of `begin`: `commit` hashes all that it finds there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 State = dict[str, np.ndarray]
 DONE, COUNTERS = "done", "counters.json"
+FORMAT = 2
+PARTIAL = ".partial"
 
 
 class CheckpointError(RuntimeError):
@@ -30,37 +39,50 @@ class Checkpoint:
     path: Path
     counters: dict[str, Any]
 
+    def file(self, component: str) -> Path | None:
+        """Where a component's arrays are; None where the checkpoint has no such component."""
+        return next((path for suffix in ("safetensors", "npz") if (path := self.path / f"{component}.{suffix}").is_file()), None)
+
     def has(self, component: str) -> bool:
-        return (self.path / f"{component}.npz").is_file()
+        return self.file(component) is not None
 
     def read(self, component: str) -> State:
-        return read_state(self.path / f"{component}.npz")
+        path = self.file(component)
+        if path is None:
+            raise CheckpointError(f"{self.path}: has no component {component!r}; it holds {', '.join(sorted(p.name for p in self.path.iterdir()))}")
+        return read_state(path)
 
 
 def write_state(folder: Path, component: str, state: Mapping[str, np.ndarray]) -> None:
     """Write one component's arrays into a folder from `begin`; flushed to the disk."""
-    with open(folder / f"{component}.npz", "wb") as file:
-        np.savez(file, **state)
-        file.flush()
-        os.fsync(file.fileno())
+    path = folder / f"{component}.safetensors"
+    save_file({key: np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value) for key, value in state.items()}, path)   # takes memory as it lies
+    sync(path)
 
 
 def read_state(path: Path) -> State:
-    """Arrays of an npz file; CheckpointError when it is no plain npz (objects, which could run code, are refused)."""
+    """Arrays of a component's file; CheckpointError when it is not what this program writes (pickled objects, which could run code, are refused)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: cannot be read as a plain npz file ({error}); delete its folder to use the checkpoint before") from error
+        if path.suffix == ".npz":                                                   # format 1; text is kept as bytes since
+            with np.load(path, allow_pickle=False) as file:
+                return {key: as_bytes(str(v)) if (v := file[key]).dtype.kind == "U" else v for key in file.files}
+        return load_file(path)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as plain arrays ({error}); delete its folder to use the checkpoint before") from error
+
+
+def as_bytes(text: str) -> np.ndarray:
+    """Text as an array (n,) of bytes, for a component's state; `.tobytes().decode()` gives it back."""
+    return np.frombuffer(text.encode(), np.uint8)
 
 
 def name_of(env_steps: int, updates: int) -> str:
     return f"step_{env_steps:09d}_u{updates:07d}"
 
 
-def begin(root: Path, env_steps: int, updates: int) -> Path:
+def begin(root: Path) -> Path:
     """An empty folder to write components into; it is no checkpoint before `commit`."""
-    folder = root / f".partial_{name_of(env_steps, updates)}"
+    folder = root / PARTIAL
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -68,17 +90,22 @@ def begin(root: Path, env_steps: int, updates: int) -> Path:
 
 def commit(folder: Path, counters: Mapping[str, Any], keep: int) -> Path:
     """Counters and the marker into the folder, then its final name at once; older checkpoints than the newest `keep` go."""
-    (folder / COUNTERS).write_text(json.dumps(counters, indent=1))
-    sums = {p.name: sha256(p) for p in sorted(folder.iterdir())}
-    write_synced(folder / DONE, json.dumps(sums, indent=1))
-    final = folder.with_name(folder.name.removeprefix(".partial_"))
-    if final.exists():                                                              # the same counters, saved again
-        shutil.rmtree(final)
-    os.replace(folder, final)
-    sync_folder(final.parent)
+    name, again = name_of(counters["env_steps"], counters["updates"]), 0
+    while (final := folder.with_name(f"{name}.{again}" if again else name)).exists():           # the same counters, saved again
+        again += 1
+    seal(folder, counters, final)
     for old in folders(final.parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def seal(folder: Path, counters: Mapping[str, Any], final: Path) -> None:
+    """Make a folder of components a checkpoint named `final`."""
+    write_synced(folder / COUNTERS, json.dumps(counters, indent=1))
+    sums = {p.name: sha256(p) for p in sorted(folder.iterdir())}
+    write_synced(folder / DONE, json.dumps({"format": FORMAT, "files": sums}, indent=1))
+    os.replace(folder, final)
+    sync(final.parent)
 
 
 def folders(root: Path) -> list[Path]:
@@ -86,9 +113,10 @@ def folders(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step_*_u*") if p.is_dir()), reverse=True) if root.is_dir() else []
 
 
-def newest(root: Path) -> Checkpoint | None:
+def newest(root: Path, set_aside: bool = False) -> Checkpoint | None:
     """The newest sound checkpoint; damaged ones before it are named on stderr. None where there is no checkpoint at all.
 
+    set_aside: rename the damaged ones, so that they do not count among those that are kept (only for who writes there).
     CheckpointError when there are checkpoints but none can be used: a run never silently starts again from zero.
     """
     found = folders(root)
@@ -102,6 +130,8 @@ def newest(root: Path) -> Checkpoint | None:
             continue
         if problems:
             print(f"modip: going on from the older checkpoint {folder}", file=sys.stderr)
+        for damaged in found[:len(problems)] if set_aside else []:
+            os.replace(damaged, damaged.with_name(f"damaged_{damaged.name}_{time.time_ns()}"))
         return checkpoint
     if found:
         raise CheckpointError(f"{root}: none of {len(found)} checkpoint(s) can be used ({'; '.join(problems)}); "
@@ -112,12 +142,15 @@ def newest(root: Path) -> Checkpoint | None:
 def verified(folder: Path) -> Checkpoint:
     """A checkpoint whose files all have the sums that its marker says; CheckpointError names the first that has not."""
     try:
-        sums = json.loads((folder / DONE).read_text())
+        marker = json.loads((folder / DONE).read_text())
         counters = json.loads((folder / COUNTERS).read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: is not complete, {Path(error.filename).name!r} is missing") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: marker or counters cannot be read ({error})") from error
+    if isinstance(marker, dict) and marker.get("format", 1) not in (1, FORMAT):
+        raise CheckpointError(f"{folder}: has format {marker['format']!r}, this program reads 1 and {FORMAT}; it was written by a newer version, use that one")
+    sums = marker.get("files", marker) if isinstance(marker, dict) else None
     if not isinstance(sums, dict) or not isinstance(counters, dict) or COUNTERS not in sums:
         raise CheckpointError(f"{folder}: marker or counters are not what this program writes")
     for name, expected in sums.items():
@@ -137,16 +170,15 @@ def sha256(path: Path) -> str:
 def write_synced(path: Path, text: str) -> None:
     """Text to a file that appears complete or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_text(text)
+    sync(partial)
     os.replace(partial, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """A file's contents, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from modip_ray.learning.checkpoint import as_bytes
 from modip_ray.learning.replay import Segment
 from modip_ray.tasks.env_group import EnvGroup, FinishedEpisode, Transitions
 from modip_ray.tasks.envs import EnvFactory
@@ -104,6 +105,29 @@ class Collector:
             self.close(i)
         ready, self.ready = self.ready, []
         return ready
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The running episodes and the open segments (closed ones are to be taken first), for `resume`."""
+        open_ = [segment.close("") for segment in self.open if segment.length]
+        rows = {f"open.{key}": np.concatenate([getattr(s, key) for s in open_]) for key in ("observations", "actions", "rewards", "plans", "gains") if open_}
+        lengths = np.array([segment.length for segment in self.open])
+        return {f"group.{k}": v for k, v in self.group.state().items()} | rows | {
+            "open.length": lengths, "cut_at": np.array(self.cut_at), "name": as_bytes(self.name), "number": np.array(self.number)}
+
+    def resume(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on exactly where another collector of the same settings was. ValueError where the environments cannot (`EnvGroup.resume`)."""
+        group = {k.removeprefix("group."): v for k, v in state.items() if k.startswith("group.")}
+        self.group.resume(group)
+        self.name, self.number, self.cut_at = state["name"].tobytes().decode(), int(state["number"]), state["cut_at"].tolist()
+        self.obs, self.reset = group["obs"].copy(), group["length"] == 0
+        begin, seen = 0, 0                                                          # rows before, and open segments before: each has an observation more
+        for i, length in enumerate(state["open.length"].tolist()):
+            if not length:
+                continue
+            obs, rows = state["open.observations"][begin + seen:begin + seen + length + 1], slice(begin, begin + length)
+            self.open[i].parts = [Transitions(obs[:-1], state["open.actions"][rows], state["open.rewards"][rows], obs[1:], False, False)]
+            self.open[i].plans, self.open[i].gains = [state["open.plans"][rows]], [state["open.gains"][rows]]
+            self.open[i].length, begin, seen = length, begin + length, seen + 1
 
     def take_episodes(self) -> list[FinishedEpisode]:
         return self.group.finished_returns()

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from modip_ray.learning.checkpoint import CheckpointError, sync_folder
+from modip_ray.learning.checkpoint import CheckpointError, sync
 
 MAGIC = b"\xabMJ1"
 HEADER = struct.Struct("<4sIIII")
@@ -160,7 +160,7 @@ class Journal:
                 os.fsync(part)
             finally:
                 os.close(part)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def drop(self, *, before: int = 0, since: int | None = None) -> None:
         """Delete the parts before one number, or since another."""

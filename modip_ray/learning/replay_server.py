@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from modip_ray.config import Config
-from modip_ray.learning.checkpoint import Checkpoint
+from modip_ray.learning.checkpoint import Checkpoint, as_bytes
 from modip_ray.learning.journal import Journal, Record
 from modip_ray.learning.limiter import STREAMS, RateLimiter, Stream
 from modip_ray.learning.replay import Batch, MixedReplay, ReplayBuffer
@@ -130,7 +130,7 @@ class ReplayServer:
         online = {f"online.{k}": v for k, v in self.replay.online.state().items()}
         facts = {"inserted": self.limiter.inserted, "journal": self.journal.rotate() if self.journal is not None else 0,
                  "seen": self.replay.seen.dump(), "retired": sorted(self.retired)}
-        return online | {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
+        return online | {"facts": as_bytes(json.dumps(facts))}
 
     def sync(self) -> None:
         """Have what was stored before the last `state` on the disk itself; may be called beside the rest."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,16 +10,20 @@ import numpy as np
 import torch
 
 from modip_ray.learning.build import agent_of, device_of
-from modip_ray.learning.checkpoint import write_state
+from modip_ray.learning.checkpoint import State, write_state
 from modip_ray.learning.collector import Collector, Planned
 from modip_ray.learning.evaluation import DIAGNOSTIC_ROWS, Job, Outcome, diagnose, run_job
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.replay_server import restored_replay
-from modip_ray.learning.system import Phase, Report, Setup, Snapshot, Status, saved_bc
+from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status, saved_bc
 from modip_ray.learning.updater import Updater, learner_state, load_learner
 from modip_ray.planning.planner import Planner
+from modip_ray.tasks.envs import EnvError
 from modip_ray.timing import Timer
+
+SLICE = 50                          # updates and environment steps of one `advance`
+COLLECTION = "collection"           # checkpoint component
 
 
 class SerialSystem:
@@ -43,11 +47,16 @@ class SerialSystem:
         self.planner.agent = agent                                                  # the learner's own weights: nothing to publish in one process
         self.collector: Collector | None = None
         self.returns: list[float] = []
+        self.incidents: list[str] = []
+        if setup.checkpoint is not None and setup.checkpoint.has(COLLECTION):
+            self.resume_collection(setup.checkpoint.read(COLLECTION))
         self.finished: list[Report] = []
 
     def advance(self, phase: Phase, seconds: float, until: int) -> Status:
-        deadline, done = time.monotonic() + seconds, False
-        while not done and time.monotonic() < deadline:
+        """A slice ends by counts, not by the clock (unless `seconds` is infinite: then only by `until`), so that a seed's rows and checkpoints are of
+        the same updates in every run."""
+        done, begun = False, self.slice_number()
+        while not done and (math.isinf(seconds) or self.slice_number() == begun):
             stream = self.next_stream()
             if stream is not None:
                 with self.timers["driver"]("learn"):
@@ -61,9 +70,12 @@ class SerialSystem:
             else:
                 with self.timers["driver"]("collect"):
                     self.collect()
-        returns, self.returns = self.returns, []
+        (returns, self.returns), (incidents, self.incidents) = (self.returns, []), (self.incidents, [])
         return Status(self.replay.env_steps, self.learner.updates, self.learner.policy_updates, done, self.updater.take_metrics(), returns,
-                      self.updater.take_incidents())
+                      incidents + self.updater.take_incidents())
+
+    def slice_number(self) -> int:
+        return (self.learner.updates + self.learner.policy_updates + self.taken) // SLICE
 
     def next_stream(self) -> Stream | None:
         """The stream that is furthest behind among those that may update."""
@@ -75,14 +87,40 @@ class SerialSystem:
         """One chunk in every environment; segments that are closed go to the replay."""
         cfg = self.cfg
         if self.collector is None:
-            num_envs = cfg.rollout.least * cfg.rollout.envs_per_worker
-            self.collector = Collector(self.setup.env_factory, num_envs, cfg.task.max_episode_steps, cfg.rollout.segment_length,
-                                       (cfg.seed, 0, self.taken), f"serial-{self.taken}", self.setup.hook)
+            self.collector = self.new_collector()
         with self.timers["rollout"]("step"):
             self.taken += self.collector.step(self.plan)
         segments = self.collector.take_segments(flush=self.taken >= cfg.online.env_steps)
         self.replay.add(segments)
         self.returns += [episode.ret for episode in self.collector.take_episodes()]
+
+    def new_collector(self) -> Collector:
+        cfg = self.cfg
+        return Collector(self.setup.env_factory, cfg.rollout.least * cfg.rollout.envs_per_worker, cfg.task.max_episode_steps, cfg.rollout.segment_length,
+                         (cfg.seed, 0, self.taken), f"serial-{self.taken}", self.setup.hook)
+
+    def collection_state(self) -> State:
+        """Running episodes, open segments, and the planner's warm starts and generator."""
+        warm = self.planner.warm
+        table = warm.table[[warm.rows[i] for i in range(self.collector.group.num_envs)]] if warm.rows else warm.table[:0]
+        return {**self.collector.state(), "taken": np.array(self.taken), "planner.rng": self.planner.rng.get_state().numpy(), "warm.plan": table.cpu().numpy()}
+
+    def resume_collection(self, state: State) -> None:
+        """Go on in the middle of the episodes; where an environment does not come out where it was, all begin new ones."""
+        self.collector = self.new_collector()
+        try:
+            self.collector.resume(state)
+        except (ValueError, EnvError) as error:
+            self.collector.shutdown()
+            self.collector = None
+            self.incidents.append(f"new episodes instead of the open ones, this run is not the uninterrupted one: {error}")
+            return
+        self.taken, warm = int(state["taken"]), self.planner.warm
+        self.planner.rng.set_state(torch.from_numpy(state["planner.rng"]))
+        plans = torch.from_numpy(state["warm.plan"])
+        if len(plans):                                                              # none where nothing was planned yet
+            rows, _ = warm.index(range(len(plans)), np.ones(len(plans), bool))
+            warm.table[rows] = plans.to(warm.table.device)
 
     def plan(self, obs: np.ndarray, reset: np.ndarray) -> Planned:
         self.planner.version, self.planner.env_steps = self.learner.updates, self.replay.env_steps
@@ -93,13 +131,16 @@ class SerialSystem:
     def freeze_bc(self) -> None:
         self.bc = self.learner.agent.flat("policy")
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Counts:
         for stream, part in learner_state(self.learner).items():
             write_state(folder, f"learner_{stream}", part)
         write_state(folder, "replay", self.replay.state())
         self.replay.sync()
         if self.bc is not None:
             write_state(folder, "bc", {"policy": self.bc})
+        if self.collector is not None:
+            write_state(folder, COLLECTION, self.collection_state())
+        return {"env_steps": self.replay.env_steps, "updates": self.learner.updates, "policy_updates": self.learner.policy_updates}
 
     def request_evaluation(self, jobs: Sequence[Job]) -> bool:
         self.finished.append(self.evaluate(jobs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 
@@ -49,6 +49,12 @@ class Status:
     incidents: list[str] = field(default_factory=list)
 
 
+class Counts(TypedDict):
+    env_steps: int
+    updates: int
+    policy_updates: int
+
+
 @dataclass(frozen=True)
 class Report:
     """A finished evaluation: of which counters, the outcomes, and the diagnostics taken with the same weights."""
@@ -66,8 +72,11 @@ class System(Protocol):
     def freeze_bc(self) -> None:
         """Keep the policy's weights of now as the BC baseline."""
 
-    def save(self, folder: Path) -> None:
-        """Write every component's checkpoint part."""
+    def save(self, folder: Path) -> Counts:
+        """Write every component's checkpoint part; the counters of what was written.
+
+        No part holds updates made on data that the replay's part lacks: the learners write first.
+        """
 
     def request_evaluation(self, jobs: Sequence[Job]) -> bool:
         """Evaluate the weights of now beside the training, if the last request is finished; False when it is not."""

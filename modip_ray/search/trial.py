@@ -1,7 +1,6 @@
 """A trial: one configuration trained with several seeds in this process, reported together. Plain object, no Ray.
 
-An iteration ends where all environments are cut and what they did is stored: the next one begins with fresh episodes. So the checkpoint at
-its end is the whole state, and a trial that goes on from it computes what one that never stopped does, bit for bit.
+A checkpoint of the serial system is the whole state, so a trial that goes on from one computes what one that never stopped does, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,34 +26,12 @@ from modip_ray.learning.evaluation import jobs_for
 from modip_ray.learning.offline_data import load_data, rolls_out
 from modip_ray.learning.serial import SerialSystem
 from modip_ray.learning.system import Setup, Status
-from modip_ray.planning.planner import Planner
 from modip_ray.runfolder import RunError, saved_config
 from modip_ray.search.scores import REPORTED, aggregated
 from modip_ray.search.settings import TrialSettings, check_goes_on
 from modip_ray.tasks.dataset import Dataset
 
 CHECKPOINTS = "checkpoints"
-
-
-class SeedSystem(SerialSystem):
-    """One seed of a trial: the serial system, stopped where nothing is open."""
-
-    goal = 0
-
-    def go_to(self, goal: int) -> Status:
-        """Collect and learn until `goal` environment steps are stored (a few more, as environments step together), then cut."""
-        self.goal = goal
-        status = self.advance("online", math.inf, goal)
-        self.close()                                                                # the next environments and the planner's noise follow from
-        self.taken, agent = self.replay.env_steps, self.learner.agent               # what is stored alone
-        self.planner = Planner(self.cfg, agent, seed=self.cfg.seed + self.taken, timer=self.timers["planner"])
-        self.planner.agent = agent
-        return status
-
-    def collect(self) -> None:
-        super().collect()
-        if self.taken >= self.goal:
-            self.replay.add(self.collector.take_segments(flush=True))
 
 
 @dataclass(frozen=True)
@@ -65,7 +42,7 @@ class Refitted(Checkpoint):
 
     def read(self, component: str) -> State:
         state = super().read(component)
-        return {k: fit(v, self.horizon) if k.endswith("online.plan") else v for k, v in state.items()}
+        return {k: fit(v, self.horizon) if k.endswith((".plan", ".plans")) else v for k, v in state.items()}
 
 
 def fit(plans: np.ndarray, horizon: int) -> np.ndarray:
@@ -80,7 +57,7 @@ class Trial:
     def __init__(self, settings: TrialSettings, shared: Path, data: tuple[str, Dataset] | None = None):
         """`shared`: folder of what the trials of a search have in common; `data`: (source, offline data) of the trial that this process ran before."""
         self.settings, self.shared, self.data = settings, shared, data
-        self.systems: list[SeedSystem] = []
+        self.systems: list[SerialSystem] = []
 
     # ---- training ----------------------------------------------------------------------------------------------------------------------------
 
@@ -101,20 +78,20 @@ class Trial:
                 "train_s": trained - begun, "eval_s": time.monotonic() - trained, "train": losses,
                 "done": all(s.env_steps >= cfg.online.env_steps for s in statuses)}
 
-    def advance(self, system: SeedSystem) -> Status:
+    def advance(self, system: SerialSystem) -> Status:
         steps, total = self.settings.steps, self.settings.cfg.online.env_steps
         if system.bc is None:
             while not system.advance("pretrain", math.inf, until=0).done:
                 pass
             system.freeze_bc()
-        return system.go_to(min(total, steps * (system.replay.env_steps // steps + 1)))
+        return system.advance("online", math.inf, min(total, steps * (system.replay.env_steps // steps + 1)))
 
-    def build(self, seed: int, checkpoint: Checkpoint | None) -> SeedSystem:
+    def build(self, seed: int, checkpoint: Checkpoint | None) -> SerialSystem:
         cfg = self.settings.member(seed)
         factory = env_factory(cfg.task)
         data = self.offline_data()
         _, low, high = spaces(factory)
-        return SeedSystem(Setup(cfg, build_spec(cfg, data.episodes, low, high), data.episodes, factory, checkpoint=checkpoint))
+        return SerialSystem(Setup(cfg, build_spec(cfg, data.episodes, low, high), data.episodes, factory, checkpoint=checkpoint))
 
     def offline_data(self) -> Dataset:
         """The data, read once in this process; collected ones once in the whole search, by the trial that comes first."""
@@ -132,11 +109,9 @@ class Trial:
         if not self.systems:
             raise RunError(f"{folder}: nothing to save before the first iteration of a trial")
         for seed, system in zip(self.settings.seeds, self.systems, strict=True):
-            run, learner = folder / f"seed_{seed}", system.learner
-            partial = begin(run / CHECKPOINTS, system.replay.env_steps, learner.updates)
-            system.save(partial)
-            commit(partial, {"phase": "online", "env_steps": system.replay.env_steps, "updates": learner.updates, "policy_updates": learner.policy_updates,
-                             "next_eval": 0, "phase_s": {}}, keep=1)
+            run = folder / f"seed_{seed}"
+            partial = begin(run / CHECKPOINTS)
+            commit(partial, {"phase": "online", **system.save(partial), "next_eval": 0, "phase_s": {}}, keep=1)
             write_synced(run / "config.yaml", system.cfg.dump())
 
     def load(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """A group of environments stepped together with action chunks: what a rollout worker runs."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,6 +66,7 @@ class EnvGroup:
         self._episode_seed = [0] * num_envs
         self._length = [0] * num_envs
         self._return = [0.0] * num_envs
+        self._executed: list[list[np.ndarray]] = [[] for _ in range(num_envs)]      # actions (k, Da) of the running episode
         self._finished: list[FinishedEpisode] = []
 
     def reset(self) -> np.ndarray:
@@ -92,6 +93,7 @@ class EnvGroup:
         transitions = []
         for i, (k, terminated, truncated) in enumerate(ends):
             transitions.append(Transitions(trail[i, :k], executed[i, :k], rewards[i, :k], trail[i, 1:k + 1], terminated, truncated))
+            self._executed[i].append(actions[i, :k])
             self.env_steps += k
             self._length[i] += k
             self._return[i] += sum(rewards[i, :k].tolist())
@@ -109,6 +111,29 @@ class EnvGroup:
         finished, self._finished = self._finished, []
         return finished
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Where every env is: the seed of its running episode and the actions executed since."""
+        return {"seed": np.array(self._seed), "episode": np.array(self._episode), "return": np.array(self._return), "length": np.array(self._length),
+                "obs": self._obs.copy(), "actions": np.concatenate([a for executed in self._executed for a in executed] or [np.zeros((0, self.action_dim))])}
+
+    def resume(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put every env where `state` says, by executing the running episodes' actions again.
+
+        ValueError for the state of other envs, or where an env is not a function of its seed and actions: then it does not come out at the same observation.
+        """
+        if len(state["episode"]) != self.num_envs or state["actions"].shape[1] != self.action_dim or state["obs"].shape[1] != self.obs_dim:
+            raise ValueError(f"the state of {len(state['episode'])} environments of other shapes does not fit {self.num_envs}")
+        self._seed, self._episode = tuple(state["seed"].tolist()), (state["episode"] - 1).tolist()
+        ends = np.cumsum(state["length"])
+        self._obs = np.empty_like(state["obs"])
+        for i, (env, length, actions) in enumerate(zip(self._envs, state["length"].tolist(), np.split(state["actions"], ends[:-1]), strict=True)):
+            self._obs[i] = self._reset_one(i)
+            trail = np.zeros((length, self.obs_dim), np.float32)
+            ended = run_chunk(env, actions, trail, np.zeros(length, np.float32), self.max_episode_steps, f"env {i}") if length else (0, False, False)
+            if ended != (length, False, False) or not np.array_equal([*self._obs[i:i + 1], *trail][-1], state["obs"][i]):
+                raise ValueError(f"env {i} does not come out where it was by the seed and the {length} actions of its episode")
+            self._obs[i], self._length[i], self._return[i], self._executed[i] = state["obs"][i], length, float(state["return"][i]), [actions]
+
     def close(self) -> None:
         for env in self._envs:
             env.close()
@@ -116,7 +141,7 @@ class EnvGroup:
     def _reset_one(self, i: int) -> np.ndarray:
         self._episode[i] += 1
         self._episode_seed[i] = env_seed(*self._seed, i, self._episode[i])
-        self._length[i], self._return[i] = 0, 0.0
+        self._length[i], self._return[i], self._executed[i] = 0, 0.0, []
         return reset_env(self._envs[i], self._episode_seed[i], f"env {i}")
 
     def _require_finite(self, trail: np.ndarray, rewards: np.ndarray) -> None:

@@ -77,9 +77,8 @@ def run(nodes, tmp_path_factory):
     facts["gauges"], facts["replay"] = system.gauges(), system.replay_status()
     facts["shards"] = [ray.get(replay.status.remote()) for replay in system.replays]
     facts["planners"] = system.planner_statuses()
-    folder = begin(tmp_path_factory.mktemp("run") / "checkpoints", facts["online"].env_steps, facts["online"].updates)
-    system.save(folder)
-    facts["checkpoint"] = commit(folder, {"env_steps": facts["online"].env_steps}, 1)
+    folder = begin(tmp_path_factory.mktemp("run") / "checkpoints")
+    facts["checkpoint"] = commit(folder, system.save(folder), 1)
     facts["weights"] = {stream: ray.get(learner.weights.remote()) for stream, learner in system.learners.items()}
     for actor in (*system.replays, *system.planners, *system.learners.values(), system.store, *system.evaluators.actors):
         ray.kill(actor)

@@ -125,8 +125,9 @@ def test_a_serial_run_is_a_function_of_its_seed_and_of_nothing_else(tmp_path, da
 def test_no_file_of_a_checkpoint_needs_pickle(tmp_path, data):
     train(small(tmp_path / "run", data, serial=True, online__env_steps=60, eval__every_steps=0))
     last = folders(tmp_path / "run" / "checkpoints")[0]
-    assert {p.name for p in last.iterdir()} == {"learner_model.npz", "learner_policy.npz", "replay.npz", "bc.npz", "counters.json", "done"}
-    assert all(read_state(p) for p in last.glob("*.npz"))
+    assert {p.name for p in last.iterdir()} == {"counters.json", "done"} | \
+        {f"{part}.safetensors" for part in ("learner_model", "learner_policy", "replay", "bc", "collection")}
+    assert all(read_state(p) for p in last.glob("*.safetensors"))
 
 
 def test_other_settings_are_refused_but_more_steps_are_not(tmp_path, data):
@@ -144,7 +145,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(tmp_pa
     train(cfg)
     (run / "summary.json").unlink()
     for folder in folders(run / "checkpoints"):
-        (folder / "learner_model.npz").write_bytes(b"damaged")
+        (folder / "learner_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="none of"):
         train(cfg)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from modip_ray.learning.build import agent_of, build_spec
-from modip_ray.learning.checkpoint import CheckpointError, begin, commit, folders, newest, read_state, write_state
+from modip_ray.learning.checkpoint import CheckpointError, as_bytes, begin, commit, folders, newest, read_state, sha256, write_state
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.replay_server import build_replay
 from modip_ray.learning.updater import Updater, learner_state, load_learner
@@ -14,22 +14,22 @@ from tests.fakes import STEPS, Noisy, PointEnv, small
 
 
 def save(root, steps: int, keep: int = 3):
-    folder = begin(root, steps, steps // 4)
+    folder = begin(root)
     write_state(folder, "part", {"x": np.full(3, steps, np.float32)})
-    return commit(folder, {"env_steps": steps}, keep)
+    return commit(folder, {"env_steps": steps, "updates": steps // 4}, keep)
 
 
 def test_the_newest_is_found_and_old_ones_go(tmp_path):
     for steps in (10, 200, 3000):
         save(tmp_path, steps, keep=2)
     found = newest(tmp_path)
-    assert found.counters == {"env_steps": 3000} and found.read("part")["x"].tolist() == [3000] * 3
+    assert found.counters == {"env_steps": 3000, "updates": 750} and found.read("part")["x"].tolist() == [3000] * 3
     assert [p.name for p in folders(tmp_path)] == ["step_000003000_u0000750", "step_000000200_u0000050"]
 
 
 def test_no_checkpoint_is_none_and_an_unfinished_one_does_not_count(tmp_path):
     assert newest(tmp_path / "absent") is None
-    folder = begin(tmp_path, 5, 1)
+    folder = begin(tmp_path)
     write_state(folder, "part", {"x": np.zeros(1)})
     assert newest(tmp_path) is None
 
@@ -38,7 +38,7 @@ def test_no_checkpoint_is_none_and_an_unfinished_one_does_not_count(tmp_path):
 def test_a_damaged_newest_is_named_and_the_previous_one_used(tmp_path, capsys, damage):
     save(tmp_path, 10)
     last = save(tmp_path, 20)
-    part = last / "part.npz"
+    part = last / "part.safetensors"
     if damage == "flip":
         data = bytearray(part.read_bytes())
         data[len(data) // 2] ^= 1
@@ -62,13 +62,58 @@ def test_when_none_is_sound_it_raises(tmp_path):
 
 def test_pickled_objects_are_refused(tmp_path):
     np.savez(tmp_path / "evil.npz", x=np.array([{"run": "code"}], dtype=object))
-    with pytest.raises(CheckpointError, match="plain npz"):
-        read_state(tmp_path / "evil.npz")
+    (tmp_path / "evil.safetensors").write_bytes((tmp_path / "evil.npz").read_bytes())
+    for name in ("evil.npz", "evil.safetensors"):
+        with pytest.raises(CheckpointError, match="plain arrays"):
+            read_state(tmp_path / name)
+
+
+def test_arrays_come_back_as_they_were_however_they_lie_in_memory(tmp_path):
+    a = np.arange(12, dtype=np.float32).reshape(3, 4)
+    state = {"transposed": a.T, "strided": a[:, ::2], "scalar": np.array(3), "empty": a[:0], "flag": np.array([True]), "text": as_bytes("grün")}
+    write_state(tmp_path, "part", state)
+    found = read_state(tmp_path / "part.safetensors")
+    assert all(np.array_equal(found[k], v) and found[k].dtype == v.dtype and found[k].shape == v.shape for k, v in state.items())
+    assert found["text"].tobytes().decode() == "grün"
+
+
+def test_a_checkpoint_of_format_1_is_read_and_one_of_a_later_format_refused(tmp_path):
+    folder = tmp_path / "step_000000010_u0000002"
+    folder.mkdir()
+    np.savez(folder / "part.npz", x=np.arange(3), rngs=np.array('{"a": 1}'))
+    (folder / "counters.json").write_text('{"env_steps": 10}')
+    sums = {p.name: sha256(p) for p in folder.iterdir()}
+    (folder / "done").write_text(json.dumps(sums))
+    found = newest(tmp_path)
+    assert found.counters == {"env_steps": 10} and found.has("part") and not found.has("other")
+    assert found.read("part")["x"].tolist() == [0, 1, 2] and json.loads(found.read("part")["rngs"].tobytes()) == {"a": 1}
+    with pytest.raises(CheckpointError, match=r"no component 'other'.*part.npz"):
+        found.read("other")
+    (folder / "done").write_text(json.dumps({"format": 3, "files": sums}))
+    with pytest.raises(CheckpointError, match="format 3, this program reads 1 and 2"):
+        newest(tmp_path)
+
+
+def test_the_same_counters_saved_again_never_leave_a_moment_without_a_checkpoint(tmp_path):
+    first = save(tmp_path, 10, keep=1)
+    second = save(tmp_path, 10, keep=1)
+    assert first != second and folders(tmp_path) == [second] and newest(tmp_path).path == second
+
+
+def test_a_writer_sets_damaged_ones_aside_so_that_they_do_not_count_as_kept(tmp_path):
+    save(tmp_path, 10)
+    last = save(tmp_path, 20)
+    (last / "part.safetensors").unlink()
+    assert newest(tmp_path, set_aside=True).counters["env_steps"] == 10
+    assert not last.exists() and [p.name for p in tmp_path.iterdir() if p.name.startswith(f"damaged_{last.name}")]
+    save(tmp_path, 15, keep=2)
+    assert [p.name[:14] for p in folders(tmp_path)] == ["step_000000015", "step_000000010"]
 
 
 def test_marker_lists_every_file(tmp_path):
     last = save(tmp_path, 10)
-    assert sorted(json.loads((last / "done").read_text())) == ["counters.json", "part.npz"]
+    marker = json.loads((last / "done").read_text())
+    assert marker["format"] == 2 and sorted(marker["files"]) == ["counters.json", "part.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +145,11 @@ def test_save_and_resume_equals_going_on(parts, tmp_path):
     """Losses, weights, EMA, target critic, optimiser moments, generators: all as if nothing had happened."""
     updater, replay = fresh(parts)
     go_on(updater, replay, 3)
-    folder = begin(tmp_path, 0, 3)
+    folder = begin(tmp_path)
     for stream, state in learner_state(updater.learner).items():
         write_state(folder, f"learner_{stream}", state)
     write_state(folder, "replay", replay.state())
-    commit(folder, {}, 1)
+    commit(folder, {"env_steps": 0, "updates": 3}, 1)
     expected = go_on(updater, replay, 4)
 
     resumed, replay2 = fresh(parts)
