@@ -1,4 +1,4 @@
-"""The command line: train, eval, collect, data, submit, jobs, tune, status, report, bench. Errors that a user can mend print one line and exit with 2."""
+"""The command line: train, eval, collect, data, export, serve, jobs, tune, status, report, bench. Errors that a user can mend print one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modip_ray import __version__, data_cli, jobs_cli, status_cli, tune_cli
+from modip_ray import __version__, data_cli, export_cli, jobs_cli, status_cli, tune_cli
 from modip_ray.config import Config, ConfigError, load, parse_override
 
 
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True)
 
     data_cli.add_parsers(commands)
+    export_cli.add_parser(commands)
     jobs_cli.add_parsers(commands)
     status_cli.add_parser(commands)
     tune_cli.add_parsers(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,7 @@ from modip_ray.learning.evaluation import MODES, EvalMode, jobs_for, joined, run
 from modip_ray.learning.offline_data import collect_to, policy_of
 from modip_ray.learning.system import saved_bc
 from modip_ray.model.agent import Agent
-from modip_ray.planning.planner import Planner
+from modip_ray.planning.planner import Mode, Planner
 from modip_ray.runfolder import command_line, git_commit, machine, open_checkpoint, saved_config, versions
 from modip_ray.session import score
 from modip_ray.tasks.collect import collect
@@ -31,8 +32,38 @@ from modip_ray.tasks.scores import paired_difference
 ACTING = ("planner.", "guard.", "resources.", "eval.", "policy.sampling_steps", "policy.n_action_steps")      # may be other than in training
 
 
-def agent_of_run(run: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> tuple[Config, Agent, np.ndarray | None, int]:
-    """Settings, agent, frozen BC weights (None before the offline phase's end) and environment steps of a run's newest checkpoint.
+@dataclass(frozen=True)
+class SavedAgent:
+    """What a run's newest checkpoint acts with. bc: frozen weights of the policy before fine-tuning, None before the offline phase's end."""
+
+    run: Path
+    cfg: Config
+    agent: Agent
+    bc: np.ndarray | None
+    env_steps: int
+    version: str                    # name of the checkpoint
+
+    def act_as(self, mode: EvalMode) -> None:
+        """Load the weights that a mode acts with. CheckpointError where there is no BC policy yet."""
+        if mode == "bc":
+            need_bc(self.run, mode, self.bc)
+            self.agent.load_flat(self.bc, "policy")
+
+    def planner(self, mode: EvalMode, seed: int = 0) -> Planner:
+        """A planner of its own that acts as `mode` says, with plan(..., mode=plan_mode(mode))."""
+        self.act_as(mode)
+        planner = Planner(self.cfg, self.agent, seed=seed)
+        planner.env_steps = self.env_steps
+        return planner
+
+
+def plan_mode(mode: EvalMode) -> Mode:
+    """What the planner does in a mode: BC is its policy mode with other weights."""
+    return "mpc" if mode == "mpc" else "policy"
+
+
+def agent_of_run(run: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> SavedAgent:
+    """The agent of a run's newest checkpoint.
 
     overrides: settings of acting by dotted name, in place of the run's.
     """
@@ -41,16 +72,18 @@ def agent_of_run(run: Path, overrides: Mapping[str, Any] = MappingProxyType({}))
             raise ConfigError(f"{key}: decides how the run was trained; only settings of acting can be changed for an evaluation ({', '.join(ACTING)})")
     cfg, checkpoint = saved_config(run).replace(dict(overrides)), open_checkpoint(run)
     torch.set_num_threads(cfg.resources.torch_threads)
-    return cfg, saved_agent(cfg, checkpoint, device_of(cfg)), saved_bc(checkpoint), int(checkpoint.counters["env_steps"])
+    agent = saved_agent(cfg, checkpoint, device_of(cfg))
+    return SavedAgent(run, cfg, agent, saved_bc(checkpoint), int(checkpoint.counters["env_steps"]), checkpoint.path.name)
 
 
 def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict:
     """S of a mode, measured again: the same seeds in the same groups give the returns of the run's own summary."""
-    cfg, agent, bc, env_steps = agent_of_run(run, overrides)
-    need_bc(run, mode, bc)
+    saved = agent_of_run(run, overrides)
+    cfg = saved.cfg
+    need_bc(run, mode, saved.bc)
     jobs = jobs_for(mode, episodes or cfg.eval.episodes, cfg.eval.seed if seed is None else seed)
-    measures, seeds = joined([run_job(cfg, agent, env_factory(cfg.task), job, env_steps, bc) for job in jobs], mode)
-    return {"mode": mode, "run": str(run), "env_steps": env_steps, "settings": dict(overrides), "command": command_line(), **score(cfg, measures, seeds)}
+    measures, seeds = joined([run_job(cfg, saved.agent, env_factory(cfg.task), job, saved.env_steps, saved.bc) for job in jobs], mode)
+    return {"mode": mode, "run": str(run), "env_steps": saved.env_steps, "settings": dict(overrides), "command": command_line(), **score(cfg, measures, seeds)}
 
 
 def compare_run(run: Path, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict:
@@ -65,13 +98,8 @@ def compare_run(run: Path, episodes: int | None = None, seed: int | None = None,
 
 def actors_of_run(run: Path, mode: EvalMode, seed: int = 0) -> Act:
     """A run's way of acting, as `rollout_episodes`, `collect` and the video take it."""
-    cfg, agent, bc, env_steps = agent_of_run(run)
-    need_bc(run, mode, bc)
-    planner = Planner(cfg, agent, seed=seed)
-    planner.env_steps = env_steps
-    if mode == "bc":
-        planner.agent.load_flat(bc, "policy")
-    return lambda obs, slots, reset: planner.plan(obs, slots.tolist(), reset, "mpc" if mode == "mpc" else "policy").actions
+    planner = agent_of_run(run).planner(mode, seed)
+    return lambda obs, slots, reset: planner.plan(obs, slots.tolist(), reset, plan_mode(mode)).actions
 
 
 def need_bc(run: Path, mode: EvalMode, bc: np.ndarray | None) -> None:

@@ -32,13 +32,11 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
     DataError where a file is unsound, fits another environment, or was collected with other settings.
     """
     obs_dim, low, high = spaces(env_factory)
+    source = stored_source(cfg, folder)
     if rolls_out(cfg.data.source):
-        path = Path(cfg.data.cache) if cfg.data.cache else folder / "data.hdf5"
+        path = Path(source)
         if not path.is_file():
             collect_to(cfg, policy_of(cfg.data.source, cfg.task.family), env_factory, path, progress)
-        source = str(path)
-    else:
-        source = cfg.data.source
     dataset = read_any(source, max_transitions=cfg.data.max_transitions, max_episode_steps=cfg.task.max_episode_steps,
                        action_range=(float(low.min()), float(high.max())), filter_key=cfg.data.filter_key, progress=download)
     if rolls_out(cfg.data.source):
@@ -49,6 +47,13 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
         if got != expected:
             raise DataError(f"{source}: {key} have {got} columns, but {cfg.task.env} has {expected}; is data.source for another task than task.env?")
     return with_newly_done(dataset) if cfg.data.rewards == "newly_done" else dataset
+
+
+def stored_source(cfg: Config, folder: Path) -> str:
+    """What to read: the named dataset, or the file where what was collected is kept."""
+    if not rolls_out(cfg.data.source):
+        return cfg.data.source
+    return cfg.data.cache or str(folder / "data.hdf5")
 
 
 def with_newly_done(dataset: Dataset) -> Dataset:

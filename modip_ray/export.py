@@ -1,0 +1,198 @@
+"""A run's diffusion policy as one file that needs neither Ray nor this package: raw observations and noise in, raw action chunks out.
+
+Symbols: B rows, Do / Da sizes of observation and action, H chunk length.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modip_ray.config import Config
+from modip_ray.learning.offline_data import stored_source
+from modip_ray.model.agent import Normalizer
+from modip_ray.model.diffusion import DiffusionPolicy
+from modip_ray.runfolder import RunError, git_commit, read_summary, versions
+from modip_ray.saved_run import SavedAgent, agent_of_run
+from modip_ray.tasks.dataset import DataError
+from modip_ray.tasks.readers import read_any
+
+Format = Literal["torch-export", "onnx", "safetensors"]
+PolicyMode = Literal["bc", "policy"]
+Run = Callable[[np.ndarray, np.ndarray], np.ndarray]        # observation (B, Do), noise (B, H, Da) -> actions (B, H, Da)
+
+SUFFIXES: dict[Format, str] = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors"}
+NEEDS: dict[Format, tuple[str, ...]] = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
+METADATA = "modip.json"                                     # the key under which each format carries the metadata
+TOLERANCE = 1e-4
+CHECKED = 1000
+BATCHES = (1, 7, 64)                                        # sizes that the check runs, the rest in one: the file must take any
+
+
+class ExportError(RunError):
+    """A policy that cannot be exported, or a file that does not compute what PyTorch does; the message says what to do."""
+
+
+class RawPolicy(nn.Module):
+    """Normaliser and diffusion policy in one: what the planner's policy mode computes, with its noise as an argument."""
+
+    def __init__(self, normalizer: Normalizer, policy: DiffusionPolicy, steps: int):
+        super().__init__()
+        self.normalizer, self.policy, self.steps = normalizer, policy, steps
+
+    def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """observation (B, Do) as the environment gives it, noise (B, H, Da) standard normal -> actions (B, H, Da) as the environment takes them."""
+        chunk = self.policy.sample(self.normalizer.obs(observation), noise[:, None], self.steps)[:, 0]
+        return self.normalizer.raw_action(chunk)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file. difference: the largest one to PyTorch over `checked` observations of the run's data, see `difference`."""
+
+    path: Path
+    metadata: dict[str, Any]
+    checked: int
+    difference: float
+
+
+def export_run(run: Path, to: Format, out: Path | None = None, mode: PolicyMode = "policy", steps: int | None = None) -> Exported:
+    """Write the policy of a run's newest checkpoint and compare the file, read back, with PyTorch.
+
+    mode  : "policy", or "bc", as it was before fine-tuning
+    steps : of denoising, which the file has unrolled; default: the run's policy.sampling_steps
+    Raises ExportError where the file differs by more than TOLERANCE (it stays, to be looked at) or a package is missing; the run's own errors.
+    """
+    need_packages(to)
+    saved = agent_of_run(run, {"policy.sampling_steps": steps} if steps is not None else {})
+    observations = data_observations(run, saved.cfg)
+    saved.act_as(mode)
+    agent = saved.agent.frozen_copy().cpu()
+    policy = RawPolicy(agent.normalizer, agent.policy, saved.cfg.policy.sampling_steps).eval()
+    metadata = describe(run, saved, mode, policy, observations)
+    path = out or run / "export" / f"{saved.cfg.task.name}-{mode}{SUFFIXES[to]}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial_{path.stem}{SUFFIXES[to]}")
+    write(policy, to, partial, metadata)
+    os.replace(partial, path)
+    sample = observations[np.linspace(0, len(observations) - 1, min(CHECKED, len(observations))).round().astype(int)]
+    found = difference(policy, load_exported(path, to), sample)
+    if not found <= TOLERANCE:
+        raise ExportError(f"{path}: its actions differ from PyTorch's by up to {found:.3g} over {len(sample):,} observations of the run's data, allowed is "
+                          f"{TOLERANCE:g}; do not use this file, and report the run's config.yaml and `pip list`")
+    return Exported(path, metadata, len(sample), found)
+
+
+def need_packages(to: Format) -> None:
+    missing = [name for name in NEEDS[to] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"--to {to} needs {', '.join(missing)}, not installed here: pip install 'modip_ray[export]'")
+
+
+def data_observations(run: Path, cfg: Config) -> np.ndarray:
+    """All observations (T, Do) of the run's offline data."""
+    d = cfg.data
+    try:
+        dataset = read_any(stored_source(cfg, run), max_transitions=d.max_transitions, max_episode_steps=cfg.task.max_episode_steps, filter_key=d.filter_key)
+    except DataError as error:
+        raise DataError(f"the export is checked on the run's data, which cannot be read: {error}") from error
+    return np.concatenate([e.observations[:-1] for e in dataset.episodes])
+
+
+def describe(run: Path, saved: SavedAgent, mode: PolicyMode, policy: RawPolicy, observations: np.ndarray) -> dict[str, Any]:
+    """What the file says about itself, JSON-ready."""
+    cfg, norm, net = saved.cfg, policy.normalizer, policy.policy
+    summary = read_summary(run) or {}
+    scores = summary.get("scores", {}) if summary.get("env_steps") == saved.env_steps else {}          # else they are of other weights
+    shown = ("metric", "mean", "ci95", "episodes", "normalized")
+    return {
+        "task": cfg.task.name, "env": cfg.task.env, "mode": mode,
+        "input": {"observation": ["batch", len(norm.obs_mean)], "noise": ["batch", net.horizon, net.action_dim]},
+        "output": {"actions": ["batch", net.horizon, net.action_dim]},
+        "n_action_steps": cfg.policy.n_action_steps, "max_episode_steps": cfg.task.max_episode_steps, "denoising_steps": policy.steps,
+        "observation": {"mean": norm.obs_mean.tolist(), "std": norm.obs_std.tolist(), "clip": norm.clip,
+                        "data_low": observations.min(0).tolist(), "data_high": observations.max(0).tolist()},
+        "action": {"low": norm.action_low.tolist(), "high": norm.action_high.tolist()},
+        "network": {"obs_dim": len(norm.obs_mean), "action_dim": net.action_dim, **{k: getattr(cfg.policy, k) for k in (
+            "horizon", "denoising_steps", "width", "blocks", "parametrization", "network")}},
+        "scores": {name: {k: s[k] for k in shown} for name, s in scores.items()},
+        "env_steps": saved.env_steps, "checkpoint": saved.version, "config_hash": cfg.hash(), "trained_by": summary.get("git"), "exported_by": git_commit(),
+        "versions": versions(),
+    }
+
+
+def write(policy: RawPolicy, to: Format, path: Path, metadata: dict[str, Any]) -> None:
+    text = json.dumps(metadata)
+    if to == "safetensors":
+        from safetensors.torch import save
+        path.write_bytes(save(policy.state_dict(), {METADATA: text}))
+    elif to == "torch-export":
+        torch.export.save(program(policy), path, extra_files={METADATA: text})
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")          # PyTorch's own
+            found = torch.onnx.export(program(policy), dynamo=True, verbose=False, input_names=["observation", "noise"], output_names=["actions"])
+        found.model.metadata_props[METADATA] = text
+        found.save(path)
+
+
+def program(policy: RawPolicy) -> torch.export.ExportedProgram:
+    """The policy as one graph for any number of rows."""
+    rows = torch.export.Dim.DYNAMIC
+    net = policy.policy
+    example = torch.zeros(2, len(policy.normalizer.obs_mean)), torch.zeros(2, net.horizon, net.action_dim)
+    with torch.no_grad():
+        return torch.export.export(policy, example, dynamic_shapes={"observation": {0: rows}, "noise": {0: rows}}, strict=True)
+
+
+def load_exported(path: Path, to: Format) -> Run:
+    """What the file computes, by the library that its users take."""
+    if to == "onnx":
+        import onnxruntime
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda obs, noise: session.run(["actions"], {"observation": obs, "noise": noise})[0]
+    module = torch.export.load(path).module() if to == "torch-export" else load_safetensors(path)[0]
+
+    def run(obs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(obs), torch.from_numpy(noise)).numpy()
+    return run
+
+
+def load_safetensors(path: str | Path) -> tuple[RawPolicy, dict[str, Any]]:
+    """The policy in plain PyTorch, to run or to train further, and the file's metadata. ExportError where the file is not one of ours."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA])
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ExportError(f"{path}: is not a file of 'modip export --to safetensors' ({type(error).__name__}: {error})") from error
+    n = dict(metadata["network"])
+    policy = RawPolicy(Normalizer(n["obs_dim"], n["action_dim"], metadata["observation"]["clip"]), DiffusionPolicy(**n), metadata["denoising_steps"])
+    policy.load_state_dict(weights)
+    return policy.eval(), metadata
+
+
+@torch.inference_mode()
+def difference(policy: RawPolicy, run: Run, observations: np.ndarray) -> float:
+    """Largest absolute difference of the actions, NaN where any is, over the observations in batches of several sizes; the noise is seeded.
+
+    In halves of the action's range, which for the usual -1..1 are its own units. Both compute in float32, also where the run acts in bfloat16.
+    """
+    shape = (len(observations), policy.policy.horizon, policy.policy.action_dim)
+    noise = np.random.default_rng(0).standard_normal(shape, np.float32)
+    ends = [end for end in np.cumsum(BATCHES).tolist() if end < len(observations)]
+    parts = zip(np.split(observations, ends), np.split(noise, ends), strict=True)
+    half = ((policy.normalizer.action_high - policy.normalizer.action_low) / 2).numpy()
+    return float(np.max([np.abs((run(o, z) - policy(torch.from_numpy(o), torch.from_numpy(z)).numpy()) / half).max() for o, z in parts]))

@@ -1,0 +1,137 @@
+"""Exported policies: the same actions as PyTorch, in any batch, without Ray and (but for safetensors) without this package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modip_ray import cli, export
+from modip_ray.config import load
+from modip_ray.export import CHECKED, SUFFIXES, TOLERANCE, ExportError, RawPolicy, export_run, load_safetensors
+from modip_ray.model.agent import Agent
+from modip_ray.saved_run import agent_of_run
+from modip_ray.tasks.dataset import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+FORMATS = tuple(SUFFIXES)
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " is blocked here")
+sys.meta_path.insert(0, Blocked())
+import json, numpy, torch
+obs, noise = (numpy.load({folder!r} + "/" + name + ".npy") for name in ("obs", "noise"))
+"""
+LOADERS = {
+    "torch-export": """
+more = {{"modip.json": ""}}
+program = torch.export.load({path!r}, extra_files=more)
+actions, about = program.module()(torch.from_numpy(obs), torch.from_numpy(noise)).numpy(), more["modip.json"]
+""",
+    "onnx": """
+import onnxruntime
+session = onnxruntime.InferenceSession({path!r})
+actions, about = session.run(None, {{"observation": obs, "noise": noise}})[0], session.get_modelmeta().custom_metadata_map["modip.json"]
+""",
+    "safetensors": """
+from modip_ray.export import load_safetensors
+policy, about = load_safetensors({path!r})
+actions, about = policy(torch.from_numpy(obs), torch.from_numpy(noise)).detach().numpy(), json.dumps(about)
+""",
+}
+
+
+def raw_policy(*overrides: str, spread: float = 3.0) -> RawPolicy:
+    """An untrained policy of an environment with actions in -2..4."""
+    torch.manual_seed(0)
+    cfg = load(overrides=["policy.width=16", "policy.blocks=1", "policy.denoising_steps=6", "policy.sampling_steps=4", *overrides])
+    agent = Agent(cfg, 3, 2)
+    observations = np.random.default_rng(0).normal(1.0, spread, (50, 3)).astype(np.float32)
+    agent.normalizer.fit(observations, np.full(2, -2.0), np.full(2, 4.0), 0.01)
+    return RawPolicy(agent.normalizer, agent.policy, cfg.policy.sampling_steps).eval()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_file_acts_as_the_run_does_without_ray(tmp_path, finished_run, to):
+    """The planner's policy mode on 40 rows, against the file loaded in a process that has neither Ray nor (but for safetensors) this package."""
+    done = export_run(finished_run, to, tmp_path / f"policy{SUFFIXES[to]}")
+    assert done.checked == CHECKED and done.difference <= TOLERANCE
+    planner = agent_of_run(finished_run, {"resources.precision": "fp32"}).planner("policy")
+    obs = np.random.default_rng(1).normal(size=(40, 4)).astype(np.float32)
+    noise = torch.randn((40, 1, 4, 2), generator=torch.Generator().manual_seed(0))[:, 0].numpy()         # what a planner of seed 0 draws
+    expected = planner.plan(obs, range(40), np.ones(40, bool), "policy").plans
+    np.save(tmp_path / "obs.npy", obs)
+    np.save(tmp_path / "noise.npy", noise)
+    blocked = ("ray",) if to == "safetensors" else ("ray", "modip_ray")
+    code = (BLOCKED + LOADERS[to]).format(blocked=blocked, folder=str(tmp_path), path=str(done.path))
+    code += f"numpy.save({str(tmp_path / 'actions.npy')!r}, actions)\nprint(about)\n"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT if to == "safetensors" else tmp_path, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert np.abs(np.load(tmp_path / "actions.npy") - expected).max() <= TOLERANCE
+
+    about = json.loads(ran.stdout)
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert about["task"] == "point" and about["n_action_steps"] == 2 and about["output"]["actions"] == ["batch", 4, 2]
+    assert about["action"] == {"low": [-1, -1], "high": [1, 1]} and len(about["observation"]["data_low"]) == 4
+    assert about["scores"]["mpc"]["mean"] == summary["scores"]["mpc"]["mean"] and about["config_hash"] == summary["config_hash"]
+    assert about["env_steps"] == summary["env_steps"] and about["checkpoint"].startswith("step_")
+
+
+@pytest.mark.parametrize(("to", "settings"), [
+    ("torch-export", ("policy.network=unet", "policy.parametrization=eps", "policy.horizon=5", "policy.sampling_steps=2")),
+    ("onnx", ("policy.network=unet", "policy.parametrization=eps", "policy.horizon=5", "policy.sampling_steps=2")),
+    ("onnx", ("policy.sampling_steps=1", "policy.horizon=1", "planner.horizon=1")),
+], ids=["unet", "unet, ONNX", "one step, ONNX"])
+def test_any_network_in_any_batch(tmp_path, to, settings):
+    policy, path = raw_policy(*settings), tmp_path / f"policy{SUFFIXES[to]}"
+    export.write(policy, to, path, {})
+    observations = np.random.default_rng(2).normal(1.0, 9.0, (100, 3)).astype(np.float32)                # some beyond the normaliser's clip
+    assert export.difference(policy, export.load_exported(path, to), observations) <= TOLERANCE
+
+
+def test_what_is_exported_is_in_the_environments_units():
+    policy = raw_policy()
+    actions = policy(torch.full((64, 3), 1e6), torch.randn(64, 4, 2))
+    assert actions.shape == (64, 4, 2) and actions.min() >= -2 and actions.max() <= 4 and actions.max() > 1
+
+
+def test_bc_is_the_policy_before_fine_tuning(tmp_path, finished_run):
+    parts = {mode: load_safetensors(export_run(finished_run, "safetensors", tmp_path / mode, mode).path)[0] for mode in ("bc", "policy")}
+    saved = agent_of_run(finished_run)
+    for mode, vector in (("policy", saved.agent.flat("policy")), ("bc", saved.bc)):
+        saved.agent.load_flat(vector, "policy")
+        assert all(torch.equal(value, saved.agent.policy.state_dict()[key]) for key, value in parts[mode].policy.state_dict().items())
+    assert not torch.equal(parts["bc"].policy.obs_in[0].weight, parts["policy"].policy.obs_in[0].weight)
+
+
+def test_a_file_that_differs_is_refused_and_kept(tmp_path, finished_run, monkeypatch, capsys):
+    real = export.load_exported
+    for wrong in (lambda x: x + 2e-4, lambda x: x * np.nan):
+        monkeypatch.setattr(export, "load_exported", lambda path, to, wrong=wrong: lambda o, z: wrong(real(path, to)(o, z)))
+        out = tmp_path / "policy.safetensors"
+        with pytest.raises(SystemExit) as end:
+            cli.main(["export", str(finished_run), "--to", "safetensors", "--out", str(out)])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and out.is_file() and "differ from PyTorch's" in said and len(said.splitlines()) == 1
+
+
+def test_mistakes_are_told_in_one_line(tmp_path, finished_run, monkeypatch):
+    with pytest.raises(ValueError, match="policy.sampling_steps: got 6, must not exceed"):
+        export_run(finished_run, "safetensors", tmp_path / "x", steps=6)
+    (tmp_path / "noise.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(ExportError, match="is not a file of 'modip export"):
+        load_safetensors(tmp_path / "noise.safetensors")
+    monkeypatch.setattr(export, "stored_source", lambda cfg, run: str(tmp_path / "gone.hdf5"))
+    with pytest.raises(DataError, match="checked on the run's data, which cannot be read: .*gone.hdf5: no such file"):
+        export_run(finished_run, "safetensors", tmp_path / "x")
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"needs onnx, onnxscript, onnxruntime, not installed here: pip install 'modip_ray\[export\]'"):
+        export_run(finished_run, "onnx", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
