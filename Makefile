@@ -9,11 +9,12 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test bench lint clean
+.PHONY: help install demo test bench chaos lint clean
 help:
 	@echo "make demo    train MODIP on HalfCheetah with local Ray, about 14 minutes on 2 cores, into runs/demo (run it again to resume)"
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make bench   timings of planner, learner, replay, environments, weights; serial against Ray"
+	@echo "make chaos   kill, freeze, fill and damage runs and check that nothing is lost, into results/chaos.json (make chaos FAST=1: under 5 minutes)"
 	@echo "make lint    ruff"
 	@echo "make install only set up .venv"
 
@@ -33,6 +34,9 @@ test: install
 
 bench: install
 	$(BIN)/python -m modip_ray bench all --json results/bench/$$(date +%F).json
+
+chaos: install
+	$(BIN)/python -m tests.chaos $(if $(FAST),--fast,--json results/chaos.json) $(if $(ONLY),--only $(ONLY))
 
 lint: install
 	$(BIN)/python -m ruff check modip_ray tests scripts cluster

@@ -225,6 +225,7 @@ class Log:
     every_s: float
     checkpoint_every_s: float
     keep_checkpoints: int
+    audit: bool
     tensorboard: bool
     ray_metrics: bool
     wandb: Literal["disabled", "offline", "online"]

@@ -71,6 +71,9 @@ class RolloutPool:
         self.incidents: list[str] = []
         self.joined, self.lost = 0, 0                                               # counts of events
         self.alone_since = time.monotonic()
+        self.audit = setup.folder / "audit" if setup.folder is not None and self.cfg.log.audit else None
+        if self.audit is not None:
+            self.audit.mkdir(exist_ok=True)
         self.slots = [Slot(i) for i in range(self.cfg.rollout.most)]
         for slot in self.slots:
             self.fill(slot)
@@ -88,7 +91,7 @@ class RolloutPool:
         setup, i = self.setup, slot.number
         slot.actor = RolloutWorker.options(**options(self.cfg, "rollout")).remote(
             self.cfg, setup.env_factory, setup.hook, i, self.planners[i % len(self.planners)], self.replays[i % len(self.replays)],
-            self.key)
+            self.key, self.audit)
         slot.hello = slot.actor.hello.remote()
 
     def collect(self, budget: int, seconds: float) -> None:

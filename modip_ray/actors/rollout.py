@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -13,6 +14,7 @@ from ray.exceptions import RayActorError
 from modip_ray.actors.channel import Connection
 from modip_ray.config import Config
 from modip_ray.learning.collector import Collector, Planned, Query, SegmentHook
+from modip_ray.learning.segment import Segment
 from modip_ray.runfolder import RunError
 from modip_ray.tasks.envs import EnvFactory
 from modip_ray.timing import Timer
@@ -52,11 +54,14 @@ class RolloutWorker:
     While the planner plans for one group of environments, another is stepped (rollout.groups).
     """
 
-    def __init__(self, cfg: Config, env_factory: EnvFactory, hook: SegmentHook | None, slot: int, planner: str, replay: str, key: bytes):
+    def __init__(self, cfg: Config, env_factory: EnvFactory, hook: SegmentHook | None, slot: int, planner: str, replay: str, key: bytes,
+                 audit: Path | None = None):
+        """audit: folder where it keeps a record of what the replay has answered for; see `log.audit`."""
         self.cfg, self.env_factory, self.hook, self.slot, self.names, self.timer = cfg, env_factory, hook, slot, (planner, replay), Timer()
         self.key = key
         self.incarnation = uuid.uuid4().hex[:8]
-        self.acks: deque[tuple[ray.ObjectRef, int]] = deque()
+        self.acks: deque[tuple[ray.ObjectRef, list[Segment]]] = deque()
+        self.record = open(audit / self.incarnation, "ab", buffering=0) if audit is not None else None
         self.total, self.stored, self.turn = 0, 0, 0
         self.returns: list[float] = []
 
@@ -103,16 +108,18 @@ class RolloutWorker:
             self.take_ack()
         return self.report()
 
-    def send(self, group: Group, segments: list) -> None:
+    def send(self, group: Group, segments: list[Segment]) -> None:
         self.returns += [episode.ret for episode in group.collector.take_episodes()]
         if segments:
-            self.acks.append((self.replay.add.remote(segments), sum(map(len, segments))))
+            self.acks.append((self.replay.add.remote(segments), segments))
 
     def take_ack(self) -> bool:
         """The oldest sending is stored; whether collection may go on."""
-        ref, transitions = self.acks.popleft()
+        ref, segments = self.acks.popleft()
         ack = self.get(ref)
-        self.stored += transitions
+        self.stored += sum(map(len, segments))
+        if self.record is not None and segments:
+            self.record.write(b"".join(f"{segment.id}\n".encode() for segment in segments))
         return ack.may_collect
 
     def acknowledged(self, unanswered: int, deadline: float) -> bool:
@@ -120,7 +127,7 @@ class RolloutWorker:
         with self.timer("wait/learning"):
             while len(self.acks) > unanswered:
                 if not self.take_ack():
-                    self.acks.append((self.replay.turn.remote(), 0))
+                    self.acks.append((self.replay.turn.remote(), []))
                     if time.monotonic() >= deadline:
                         break
         return len(self.acks) <= unanswered

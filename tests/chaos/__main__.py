@@ -1,0 +1,92 @@
+"""python -m tests.chaos [--fast] [--only NAME ...] [--json results/chaos.json]: run the chaos tests one after another, print a table, keep the figures.
+
+Each test's entry in the JSON file is replaced when the test runs again, with its own commit and time, so the suite can be run piece by piece.
+Exit status 0: all passed. Ctrl-C ends at once, and nothing that was started stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from modip_ray.learning.checkpoint import write_synced
+from modip_ray.runfolder import command_line, git_commit, machine
+from tests.chaos.harness import Trial, kill_marked
+from tests.chaos.suite import TESTS
+
+SHOWN = 12                          # figures of a test in the table
+
+
+def main() -> None:
+    args = parser().parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)                    # a shell that started us in the background has it ignored
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    work = Path(args.keep) if args.keep else Path(tempfile.mkdtemp(prefix="chaos_", dir="/tmp"))      # sockets need a short path
+    entries = []
+    try:
+        for name in args.only or TESTS:
+            entries.append(run_test(name, work, args.fast, args.seed))
+            print_entry(entries[-1])
+            if args.json is not None:
+                keep(args.json, entries[-1])
+    finally:
+        kill_marked()
+        if not args.keep:
+            shutil.rmtree(work, ignore_errors=True)
+    failed = [entry["name"] for entry in entries if not entry["passed"]]
+    print(f"{len(entries) - len(failed)} of {len(entries)} passed" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    sys.exit(bool(failed))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
+    top.add_argument("--fast", action="store_true", help="each test short: all of them within five minutes")
+    top.add_argument("--only", nargs="+", choices=TESTS, metavar="NAME", help=f"of {', '.join(TESTS)}")
+    top.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of every random choice; default: a new one, which is printed")
+    top.add_argument("--json", type=Path, help="keep the figures there")
+    top.add_argument("--keep", metavar="FOLDER", help="work in this folder and leave it")
+    return top
+
+
+def run_test(name: str, work: Path, fast: bool, seed: int) -> dict[str, Any]:
+    """The test's entry. Whatever goes wrong in it is a failure of that test alone."""
+    trial, begun = Trial(work / name, fast, seed), time.monotonic()
+    print(f"{name} (seed {seed}) ...", flush=True)
+    try:
+        TESTS[name](trial)
+    except Exception as error:                                                  # noqa: BLE001 - named in the entry, and the test has failed
+        trial.missed.append(f"{type(error).__name__}: {error}")
+    finally:
+        left = kill_marked()
+    trial.demand(not left, f"{left} process(es) were left behind")
+    return {"name": name, "passed": not trial.missed, "figures": trial.figures, "missed": trial.missed, "fast": fast, "seed": seed,
+            "seconds": round(time.monotonic() - begun, 1), "git": git_commit(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def print_entry(entry: dict[str, Any]) -> None:
+    plain = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry["figures"].items() if isinstance(v, bool | int | float | str)]
+    print(f"{'passed' if entry['passed'] else 'FAILED':<7} {entry['name']:<13} {entry['seconds']:>7.1f} s  {', '.join(plain[:SHOWN])}", flush=True)
+    for missed in entry["missed"]:
+        print(f"        {missed}", flush=True)
+
+
+def keep(path: Path, entry: dict[str, Any]) -> None:
+    """The entry into the file, in place of an earlier one of that name."""
+    earlier = json.loads(path.read_text())["tests"] if path.exists() else []
+    tests = {e["name"]: e for e in [*earlier, entry]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"tests": [tests[name] for name in TESTS if name in tests], "git": git_commit(), "machine": machine(),
+             "command": command_line().replace("-m modip_ray", "-m tests.chaos"), "seeds": {e["name"]: e["seed"] for e in tests.values()}}
+    write_synced(path, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
