@@ -39,7 +39,7 @@ chaos: install
 	$(BIN)/python -m tests.chaos $(if $(FAST),--fast,--json results/chaos.json) $(if $(ONLY),--only $(ONLY))
 
 lint: install
-	$(BIN)/python -m ruff check modip_ray tests scripts cluster
+	$(BIN)/python -m ruff check modip_ray tests scripts cluster examples
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

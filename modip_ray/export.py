@@ -22,8 +22,8 @@ from modip_ray.config import Config
 from modip_ray.learning.offline_data import stored_source
 from modip_ray.model.agent import Normalizer
 from modip_ray.model.diffusion import DiffusionPolicy
+from modip_ray.policy import SavedAgent, agent_of_run
 from modip_ray.runfolder import RunError, git_commit, read_summary, versions
-from modip_ray.saved_run import SavedAgent, agent_of_run
 from modip_ray.tasks.dataset import DataError
 from modip_ray.tasks.readers import read_any
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from modip_ray import cli, export
-from modip_ray.config import load
+from modip_ray.config import load as settings
 from modip_ray.export import CHECKED, SUFFIXES, TOLERANCE, ExportError, RawPolicy, export_run, load_safetensors
 from modip_ray.model.agent import Agent
-from modip_ray.saved_run import agent_of_run
+from modip_ray.policy import agent_of_run, load
 from modip_ray.tasks.dataset import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +51,7 @@ actions, about = policy(torch.from_numpy(obs), torch.from_numpy(noise)).detach()
 def raw_policy(*overrides: str, spread: float = 3.0) -> RawPolicy:
     """An untrained policy of an environment with actions in -2..4."""
     torch.manual_seed(0)
-    cfg = load(overrides=["policy.width=16", "policy.blocks=1", "policy.denoising_steps=6", "policy.sampling_steps=4", *overrides])
+    cfg = settings(overrides=["policy.width=16", "policy.blocks=1", "policy.denoising_steps=6", "policy.sampling_steps=4", *overrides])
     agent = Agent(cfg, 3, 2)
     observations = np.random.default_rng(0).normal(1.0, spread, (50, 3)).astype(np.float32)
     agent.normalizer.fit(observations, np.full(2, -2.0), np.full(2, 4.0), 0.01)
@@ -63,10 +63,10 @@ def test_a_file_acts_as_the_run_does_without_ray(tmp_path, finished_run, to):
     """The planner's policy mode on 40 rows, against the file loaded in a process that has neither Ray nor (but for safetensors) this package."""
     done = export_run(finished_run, to, tmp_path / f"policy{SUFFIXES[to]}")
     assert done.checked == CHECKED and done.difference <= TOLERANCE
-    planner = agent_of_run(finished_run, {"resources.precision": "fp32"}).planner("policy")
+    policy = load(finished_run, overrides={"resources.precision": "fp32"})
     obs = np.random.default_rng(1).normal(size=(40, 4)).astype(np.float32)
     noise = torch.randn((40, 1, 4, 2), generator=torch.Generator().manual_seed(0))[:, 0].numpy()         # what a planner of seed 0 draws
-    expected = planner.plan(obs, range(40), np.ones(40, bool), "policy").plans
+    expected = policy.plan(obs, range(40), np.ones(40, bool)).plans
     np.save(tmp_path / "obs.npy", obs)
     np.save(tmp_path / "noise.npy", noise)
     blocked = ("ray",) if to == "safetensors" else ("ray", "modip_ray")

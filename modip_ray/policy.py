@@ -1,0 +1,117 @@
+"""A run's newest checkpoint as something that acts: `modip_ray.load(run).act(observation)`. No Ray.
+
+Symbols: B rows, Do / Da sizes of observation and action, c actions executed before the next look (n_action_steps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from modip_ray.config import Config, ConfigError
+from modip_ray.learning.build import device_of, saved_agent
+from modip_ray.learning.checkpoint import CheckpointError
+from modip_ray.learning.env_source import env_factory
+from modip_ray.learning.evaluation import MODES, EvalMode
+from modip_ray.learning.system import saved_bc
+from modip_ray.model.agent import Agent
+from modip_ray.planning.planner import Mode, Plan, Planner
+from modip_ray.runfolder import open_checkpoint, saved_config
+
+ACTING = ("planner.", "guard.", "resources.", "eval.", "policy.sampling_steps", "policy.n_action_steps")      # may be other than in training
+
+
+@dataclass(frozen=True)
+class SavedAgent:
+    """What a run's newest checkpoint acts with. bc: frozen weights of the policy before fine-tuning, None before the offline phase's end."""
+
+    run: Path
+    cfg: Config
+    agent: Agent
+    bc: np.ndarray | None
+    env_steps: int
+    version: str                    # name of the checkpoint
+
+    def act_as(self, mode: EvalMode) -> None:
+        """Load the weights that a mode acts with. CheckpointError where there is no BC policy yet."""
+        if mode == "bc":
+            self.agent.load_flat(self.need_bc(), "policy")
+
+    def need_bc(self) -> np.ndarray:
+        if self.bc is None:
+            raise CheckpointError(f"{self.run}: has no frozen BC policy yet: the offline phase is not over; use --mode policy, or train on")
+        return self.bc
+
+
+def agent_of_run(run: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> SavedAgent:
+    """The agent of a run's newest checkpoint.
+
+    overrides: settings of acting by dotted name, in place of the run's.
+    """
+    for key in overrides:
+        if not key.startswith(ACTING):
+            raise ConfigError(f"{key}: decides how the run was trained; only settings of acting can be changed afterwards ({', '.join(ACTING)})")
+    cfg, checkpoint = saved_config(run).replace(dict(overrides)), open_checkpoint(run)
+    torch.set_num_threads(cfg.resources.torch_threads)
+    agent = saved_agent(cfg, checkpoint, device_of(cfg))
+    return SavedAgent(run, cfg, agent, saved_bc(checkpoint), int(checkpoint.counters["env_steps"]), checkpoint.path.name)
+
+
+class RunPolicy:
+    """A run's way of acting: BC or the fine-tuned diffusion policy by itself, or the planner (mpc). `version`: name of the checkpoint.
+
+    `act` serves one environment and keeps the rest of a chunk for the next calls; `chunks` any number of them, and keeps but the planner's warm starts.
+    """
+
+    def __init__(self, saved: SavedAgent, mode: EvalMode, seed: int = 0):
+        if mode not in MODES:
+            raise ConfigError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
+        saved.act_as(mode)
+        self.cfg, self.mode, self.version = saved.cfg, mode, saved.version
+        self.planner = Planner(saved.cfg, saved.agent, seed)
+        self.planner.env_steps = saved.env_steps
+        self.plan_mode: Mode = "mpc" if mode == "mpc" else "policy"
+        self.obs_dim, self.action_dim = saved.agent.obs_dim, saved.agent.action_dim
+        self.reset()
+
+    def reset(self) -> None:
+        """A new episode begins in the environment of `act`."""
+        self.chunk, self.new = np.empty((0, self.action_dim), np.float32), True
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """obs (Do,) raw -> action (Da,) in the environment's units. ValueError on a wrong or non-finite observation."""
+        if not len(self.chunk):
+            rows = np.asarray(obs, np.float32)[None]
+            self.chunk, self.new = self.chunks(rows, ["act"], np.array([self.new]))[0], False
+        action, self.chunk = self.chunk[0], self.chunk[1:]
+        return action
+
+    def chunks(self, obs: np.ndarray, slots: Any, reset: np.ndarray) -> np.ndarray:
+        """obs (B, Do) raw, slots B ids of environments, reset (B,) bool: True where an episode has just begun -> actions (B, c, Da) to execute now."""
+        return self.plan(obs, slots, reset).actions
+
+    def plan(self, obs: np.ndarray, slots: Any, reset: np.ndarray) -> Plan:
+        """As `chunks`, with the whole plans (B, H, Da)."""
+        return self.planner.plan(obs, [*slots], reset, self.plan_mode)
+
+    def make_env(self) -> gym.Env:
+        """The run's environment, cut at its time limit."""
+        return gym.wrappers.TimeLimit(env_factory(self.cfg.task)(), self.cfg.task.max_episode_steps)
+
+
+def load(run: str | Path, mode: EvalMode = "policy", seed: int = 0, overrides: Mapping[str, Any] = MappingProxyType({})) -> RunPolicy:
+    """The policy of a run folder, from its newest checkpoint.
+
+    mode      : "policy" (fine-tuned, by itself), "bc" (before fine-tuning) or "mpc" (the planner)
+    seed      : of the noise that chunks are denoised from
+    overrides : settings of acting in place of the run's, e.g. {"policy.sampling_steps": 3, "resources.device": "cpu"}
+    Raises RunError, CheckpointError or ConfigError with what to do.
+    """
+    return RunPolicy(agent_of_run(Path(run), overrides), mode, seed)

@@ -1,0 +1,90 @@
+"""Acting with a run from Python: one environment, several, and the example; without Ray."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import modip_ray
+from modip_ray.config import ConfigError
+from modip_ray.learning.checkpoint import CheckpointError
+from modip_ray.runfolder import RunError
+from modip_ray.saved_run import evaluate_run
+from tests.fakes import STEPS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def episode(policy, seed: int) -> tuple[float, int]:
+    env = policy.make_env()
+    obs, _ = env.reset(seed=seed)
+    total, steps, over = 0.0, 0, False
+    policy.reset()
+    while not over:
+        obs, reward, terminated, truncated, _ = env.step(policy.act(obs))
+        total, steps, over = total + reward, steps + 1, terminated or truncated
+    return total, steps
+
+
+@pytest.mark.parametrize("mode", ["bc", "policy", "mpc"])
+def test_act_is_what_the_evaluation_does(finished_run, mode):
+    """The same episode, step by step: with the noise of the evaluation's planner, the same return."""
+    measured = evaluate_run(finished_run, mode, episodes=1, seed=7)
+    from modip_ray.tasks.envs import env_seed
+    policy = modip_ray.load(finished_run, mode, seed=env_seed(1, 7))
+    total, steps = episode(policy, 7)
+    assert steps == STEPS and total == pytest.approx(measured["returns"][0], abs=1e-4)
+
+
+def test_a_chunk_is_executed_before_the_next_look(finished_run):
+    policy = modip_ray.load(finished_run)
+    asked = []
+    plan = policy.plan
+    policy.plan = lambda obs, slots, reset: asked.append((obs.copy(), reset.copy())) or plan(obs, slots, reset)
+    for i in range(5):
+        policy.act(np.full(4, 0.1 * i))
+    policy.reset()
+    policy.act(np.zeros(4))
+    assert [float(obs[0, 0]) for obs, _ in asked] == pytest.approx([0.0, 0.2, 0.4, 0.0])                 # policy.n_action_steps is 2
+    assert [bool(reset[0]) for _, reset in asked] == [True, False, False, True]
+
+
+def test_a_plan_warms_the_next_one_of_its_slot_only(finished_run):
+    """The same noise twice: what the slot's last plan was makes the difference, and a reset takes it away."""
+    def second(reset: bool) -> np.ndarray:
+        policy, obs = modip_ray.load(finished_run, "mpc"), np.array([[1.0, -1, 0, 0], [0.5, 0.5, 0, 0]], np.float32)
+        policy.chunks(obs, ["a", "b"], np.ones(2, bool))
+        return policy.chunks(obs, ["a", "b"], np.array([reset, False]))
+    warm, cold = second(False), second(True)
+    assert warm.shape == (2, 1, 2) and np.array_equal(warm[1], cold[1]) and not np.array_equal(warm[0], cold[0])
+
+
+def test_the_example_runs_without_ray(finished_run):
+    code = f"import sys, runpy; sys.modules['ray'] = None; sys.argv = ['act.py', {str(finished_run)!r}]; runpy.run_path('examples/act.py')"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and ran.stdout.startswith("return "), ran.stderr
+    assert np.isfinite(float(ran.stdout.split()[1]))
+
+
+def test_importing_the_package_takes_no_torch_along():
+    code = "import sys, modip_ray, modip_ray.cli; assert not {'torch', 'ray'} & set(sys.modules); modip_ray.load; assert 'torch' in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_mistakes_are_told(finished_run, tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="no config.yaml there"):
+        modip_ray.load(tmp_path)
+    with pytest.raises(ConfigError, match="mode: got 'plan', expected one of bc, policy, mpc"):
+        modip_ray.load(finished_run, "plan")
+    with pytest.raises(ConfigError, match="critic.gamma: decides how the run was trained"):
+        modip_ray.load(finished_run, overrides={"critic.gamma": 0.5})
+    with pytest.raises(ValueError, match=r"observations of shape \(1, 3\), expected \(rows, 4\)"):
+        modip_ray.load(finished_run).act(np.zeros(3))
+    monkeypatch.setattr("modip_ray.policy.saved_bc", lambda checkpoint: None)
+    with pytest.raises(CheckpointError, match="no frozen BC policy yet"):
+        modip_ray.load(finished_run, "bc")
+    with pytest.raises(AttributeError, match="no attribute 'loads'"):
+        modip_ray.__getattr__("loads")
