@@ -111,14 +111,14 @@ def compilation(s: Setting) -> list[Row]:
 def gather(s: Setting) -> list[Row]:
     """Bytes of a batch of 256 sequences a second out of a large ring, against copying as many that lie at a random place of it."""
     horizon, rng = s.cfg.world_model.horizon, np.random.default_rng(0)
-    one = ReplayBuffer(1, OBS_DIM, ACTION_DIM, s.cfg.critic.gamma, s.cfg.planner.horizon).records.nbytes
+    one = ReplayBuffer(1, OBS_DIM, ACTION_DIM, s.cfg.critic.gamma, s.cfg.planner.horizon).steps.nbytes
     ring, length = ReplayBuffer(int(REPLAY_BYTES) // one, OBS_DIM, ACTION_DIM, s.cfg.critic.gamma, s.cfg.planner.horizon), 1000
     segment = Segment(rng.standard_normal((length + 1, OBS_DIM), dtype=np.float32), np.zeros((length, ACTION_DIM), np.float32),
                       np.ones(length, np.float32), False)
     while ring.size < ring.capacity:
         ring.add(segment)
     n = sum(v.nbytes for v in ring.sequences(ring.draw(rng, 256), horizon, s.cfg.critic.n_step).values()) // 4
-    flat, out = ring.records.reshape(-1), np.empty(n, np.float32)
+    flat, out = ring.steps.reshape(-1), np.empty(n, np.float32)
 
     def copy_cold() -> None:
         start = int(rng.integers(0, len(flat) - n))

@@ -12,10 +12,10 @@ import ray
 
 from modip_ray.actors.placement import sees
 from modip_ray.config import Config
-from modip_ray.learning.checkpoint import Checkpoint, newest, write_state
+from modip_ray.learning.checkpoint import Checkpoint, newest
 from modip_ray.learning.limiter import COLLECTION_WAITS, LEARNING_WAITS, STREAMS, Stream
 from modip_ray.learning.replay import Batch
-from modip_ray.learning.replay_server import restored_replay, shard_name
+from modip_ray.learning.replay_server import restored_replay
 from modip_ray.learning.segment import Segment
 from modip_ray.tasks.episode import Episode
 from modip_ray.timing import Timer
@@ -39,7 +39,7 @@ class ReplayActor:
 
     def __init__(self, cfg: Config, episodes: list[Episode], checkpoint: Checkpoint | None, shard: int = 0, folder: Path | None = None):
         """folder: the run's; its newest checkpoint of now counts, not the one given."""
-        self.timer, self.component, self.incarnation = Timer(), shard_name(cfg, shard), uuid.uuid4().hex[:8]
+        self.timer, self.incarnation = Timer(), uuid.uuid4().hex[:8]
         if folder is not None:
             checkpoint = newest(folder / "checkpoints")
         self.server = restored_replay(cfg, episodes, checkpoint, folder, shard)
@@ -105,8 +105,6 @@ class ReplayActor:
                 "incarnation": self.incarnation, "refused": self.server.refused, "damaged": self.server.damaged, "timing": self.timer.snapshot()}
 
     async def save(self, folder: str) -> int:
-        """The arrays are copied at once, so the checkpoint is of one moment; writing happens beside the loop. Returns the environment steps in it."""
-        state, env_steps = {k: v.copy() for k, v in self.server.state().items()}, self.server.env_steps
-        await asyncio.to_thread(write_state, Path(folder), self.component, state)
-        await asyncio.to_thread(self.server.sync)
-        return env_steps
+        """The checkpoint is of the one moment between two steps that read and write files beside the loop. Returns the environment steps in it."""
+        sound = await asyncio.to_thread(self.server.files.sound, Path(folder).parent)
+        return await asyncio.to_thread(self.server.write, Path(folder), self.server.snapshot(sound))

@@ -118,7 +118,8 @@ class Journal:
         return sorted(int(p.name.removeprefix("part_")) for p in self.folder.glob("part_*"))
 
     def read(self, first: int) -> Iterator[Record]:
-        """The records of part `first` and all later ones, oldest first; `damage` says afterwards what was skipped."""
+        """The records of part `first` and all later ones, oldest first; `damage` says afterwards what was skipped. What is appended comes behind them."""
+        self.number = max(self.number, first)
         for number in self.parts():
             if number < first or not self.path(number).stat().st_size:
                 continue

@@ -25,45 +25,64 @@ def discounted_suffix(rewards: np.ndarray, gamma: float) -> np.ndarray:
 class ReplayBuffer:
     """A ring over `capacity` transitions. Not thread-safe: its owner calls it from one place.
 
-    A transition is one row of numbers, so a sequence lies in one piece of memory and is gathered at once. What comes after a transition is the next
-    record's observation; only the last observation of a segment is kept apart, by the position of the segment's end.
+    Transitions are counted from 0 as they come; number i lies at position i % capacity. One is a row of `steps`, so a sequence lies in one piece of
+    memory. What comes after a transition is the next row's observation; only a segment's last observation is kept apart, once for each segment.
     """
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, gamma: float, plan_horizon: int = 0):
         self.capacity, self.gamma, self.plan_horizon = capacity, gamma, plan_horizon
-        self.size, self.head, self.total = 0, 0, 0
+        self.size, self.total = 0, 0                            # transitions that are there, and that ever came
         widths = {"obs": obs_dim, "action": action_dim, "reward": 1,
-                  "suffix": 1,                                 # discounted return to the segment's end
-                  "gain": 1,
-                  "remaining": 1,                              # transitions from here to the segment's end, this one included
-                  "terminated": 1,                             # the *segment* ends in a real termination
-                  "plan": plan_horizon * action_dim}
+                  "suffix": 1,                                  # discounted return to the segment's end
+                  "remaining": 1,                               # transitions from here to the segment's end, this one included
+                  "end": 1}                                     # where the segment's end is described
         ends = np.cumsum(list(widths.values()))
-        self.columns = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends.tolist(), strict=True) if width}
-        self.records = np.zeros((capacity, ends[-1]), np.float32)
-        self.arrays: Batch = self.fields(self.records)         # views, by field
+        self.columns = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends.tolist(), strict=True)}
+        self.steps = np.zeros((capacity, ends[-1]), np.float32)
+        self.arrays: Batch = self.fields(self.steps)            # views, by field
+        if plan_horizon:
+            self.arrays |= {"gain": np.zeros(capacity, np.float32), "plan": np.zeros((capacity, plan_horizon, action_dim), np.float32)}
         self.gamma_powers = (gamma ** np.arange(64)).astype(np.float32)
-        self.ends: dict[int, np.ndarray] = {}                  # the true observation (Do,) behind the last action of the segment that ends there
+        self.end_obs = np.zeros((1, obs_dim), np.float32)       # the true observation behind a segment's last action, by `end`
+        self.end_terminated = np.zeros(1, bool)                 # the segment ends in a real termination, by `end`
+        self.free_ends, self.open_end = [0], None               # of these, those not in use; and that of a segment whose last rows are still to come
+
+    @property
+    def head(self) -> int:
+        """Where the next transition goes."""
+        return self.total % self.capacity
+
+    def newest(self, n: int) -> np.ndarray:
+        """Positions of the newest n transitions, oldest first."""
+        return np.arange(self.total - n, self.total) % self.capacity
 
     def add(self, segment: Segment) -> None:
         """Append; the oldest transitions make room. ValueError on wrong shapes, non-finite numbers or a segment longer than the ring."""
         self.check(segment)
-        n = len(segment)
-        at = (self.head + np.arange(n)) % self.capacity
-        a = self.arrays
-        for position in at[a["remaining"][at] == 1].tolist():                       # segments that end here are overwritten
-            self.ends.pop(position, None)
+        at, a = self.make_room(len(segment)), self.arrays
         a["obs"][at], a["action"][at], a["reward"][at] = segment.observations[:-1], segment.actions, segment.rewards
         a["suffix"][at] = discounted_suffix(segment.rewards, self.gamma)[:-1]
-        a["remaining"][at] = np.arange(n, 0, -1)
-        a["terminated"][at] = segment.terminated
-        a["gain"][at] = np.nan if segment.gains is None else segment.gains
+        a["remaining"][at] = np.arange(len(at), 0, -1)
+        a["end"][at] = end = self.take_end()
+        self.end_obs[end], self.end_terminated[end] = segment.observations[-1], segment.terminated
         if self.plan_horizon:
+            a["gain"][at] = np.nan if segment.gains is None else segment.gains
             a["plan"][at] = 0 if segment.plans is None else segment.plans
-        self.ends[int(at[-1])] = np.array(segment.observations[-1], np.float32)
-        self.head = (self.head + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
-        self.total += n
+
+    def make_room(self, n: int) -> np.ndarray:
+        """Positions (n,) of the next n transitions; the ends of segments that are overwritten are free again."""
+        at = (self.head + np.arange(n)) % self.capacity
+        self.free_ends += self.arrays["end"][at[self.arrays["remaining"][at] == 1]].tolist()
+        self.size, self.total = min(self.size + n, self.capacity), self.total + n
+        return at
+
+    def take_end(self) -> int:
+        """Where to describe the end of one more segment."""
+        if not self.free_ends:
+            used = len(self.end_obs)
+            self.end_obs, self.end_terminated = (np.concatenate([x, np.zeros_like(x)]) for x in (self.end_obs, self.end_terminated))
+            self.free_ends = list(range(2 * used - 1, used - 1, -1))
+        return self.free_ends.pop()
 
     def check(self, segment: Segment) -> None:
         n, (obs_dim, action_dim) = len(segment), (self.arrays["obs"].shape[1], self.arrays["action"].shape[1])
@@ -85,7 +104,9 @@ class ReplayBuffer:
         """n start positions, uniform over the stored transitions."""
         if not self.size:
             raise ValueError("replay is empty: add a segment before sampling")
-        return rng.integers(0, self.size, n) if self.size < self.capacity else rng.integers(0, self.capacity, n)
+        first = (self.total - self.size) % self.capacity
+        drawn = rng.integers(0, self.size, n)
+        return drawn if self.size == self.capacity or not first else (first + drawn) % self.capacity
 
     def sequences(self, start: np.ndarray, horizon: int, n_step: int) -> Batch:
         """Sequences for the world model and the critic, from start positions (B,).
@@ -95,45 +116,37 @@ class ReplayBuffer:
         discount (B, H+1) = gamma^n, 0 after a termination; bootstrap_obs (B, H+1, Do) = s_{t+k+n}. n is cut at the segment's end.
         """
         k = np.arange(horizon + 1)
-        remaining = self.arrays["remaining"][start, None]                           # (B, 1)
+        remaining, end = self.arrays["remaining"][start, None], self.arrays["end"][start]             # (B, 1), (B,)
         step = np.minimum(k, remaining - 1)                                         # (B, H+1) offsets that stay inside the segment
         n = np.minimum(n_step, remaining - step)                                    # (B, H+1) steps really summed
         inside = remaining - step > n                                               # the segment goes on behind the n steps
         after = step + n - ~inside                                                  # where the n steps lead, or the segment's last record
         positions = start[:, None] + np.concatenate([step, after], 1)
         positions[positions >= self.capacity] -= self.capacity
-        got = self.records.take(positions.ravel(), 0, mode="clip").reshape(len(start), 2, horizon + 1, self.records.shape[1])   # the one gather
+        got = self.steps.take(positions.ravel(), 0, mode="clip").reshape(len(start), 2, horizon + 1, self.steps.shape[1])   # the one gather
         here, there = self.fields(got[:, 0]), self.fields(got[:, 1])                # (B, H+1, .)
         gamma_n = self.powers(n)
         obs, bootstrap = np.ascontiguousarray(here["obs"]), np.ascontiguousarray(there["obs"])
-        last = (start[:, None] + remaining - 1) % self.capacity                     # (B, 1) the segment's last record
-        self.put_ends(obs, k == remaining, last)                                    # the true observation behind the segment's last action
-        self.put_ends(bootstrap, ~inside, last)
-        terminated, exists = here["terminated"] > 0, k < remaining
+        for observed, where in ((obs, k == remaining), (bootstrap, ~inside)):       # the true observation behind the segment's last action
+            rows, columns = np.nonzero(where)
+            observed[rows, columns] = self.end_obs[end[rows]]
+        terminated, exists = self.end_terminated[end][:, None], k < remaining
         return {"obs": obs, "action": np.ascontiguousarray(here["action"][:, :horizon]), "reward": np.ascontiguousarray(here["reward"][:, :horizon]),
                 "terminated": (terminated & (k + 1 == remaining))[:, :horizon], "mask": exists[:, :horizon].astype(np.float32),
                 "value_mask": exists.astype(np.float32), "n_step_return": here["suffix"] - gamma_n * (there["suffix"] * inside),
                 "discount": gamma_n * (inside | ~terminated), "bootstrap_obs": bootstrap}
 
-    def fields(self, records: np.ndarray) -> Batch:
-        """Views (..., width) of records (..., F) by name, numbers without their axis of one. float32; remaining and terminated share its memory as int32."""
-        whole = records.view(np.int32)
-        found = {name: (whole if name in ("remaining", "terminated") else records)[..., columns] for name, columns in self.columns.items()}
-        if self.plan_horizon:
-            found["plan"] = found["plan"].reshape(*records.shape[:-1], self.plan_horizon, self.columns["action"].stop - self.columns["action"].start)
-        return {name: v[..., 0] if name in ("reward", "suffix", "gain", "remaining", "terminated") else v for name, v in found.items()}
+    def fields(self, steps: np.ndarray) -> Batch:
+        """Views (..., width) of rows (..., F) by name, numbers without their axis of one. float32; remaining and end share its memory as int32."""
+        whole = steps.view(np.int32)
+        found = {name: (whole if name in ("remaining", "end") else steps)[..., columns] for name, columns in self.columns.items()}
+        return {name: v if name in ("obs", "action") else v[..., 0] for name, v in found.items()}
 
     def powers(self, n: np.ndarray) -> np.ndarray:
         """gamma^n, float32, for n >= 0."""
         if n.max(initial=0) >= len(self.gamma_powers):
             return np.power(self.gamma, n).astype(np.float32)
         return self.gamma_powers[n]
-
-    def put_ends(self, obs: np.ndarray, where: np.ndarray, last: np.ndarray) -> None:
-        """Into obs (B, K, Do), where (B, K) says so: the observation behind the segment that ends at position last (B, 1)."""
-        rows, columns = np.nonzero(where)
-        for row, column, position in zip(rows.tolist(), columns.tolist(), last[rows, 0].tolist(), strict=True):
-            obs[row, column] = self.ends[position]
 
     def chunks(self, start: np.ndarray, horizon: int, n_step: int, planned: bool) -> Batch:
         """Targets of the denoising loss, from start positions (B,).
@@ -142,7 +155,8 @@ class ReplayBuffer:
         n_step_return, discount (B,), bootstrap_obs (B, Do): what the realised-advantage rule needs.
         """
         seq = self.sequences(start, horizon, n_step)
-        chunk, mask, gain = seq["action"], seq["mask"], self.arrays["gain"][start]
+        chunk, mask = seq["action"], seq["mask"]
+        gain = self.arrays["gain"][start] if self.plan_horizon else np.full(len(start), np.nan, np.float32)
         if planned and self.plan_horizon:
             own = np.flatnonzero(~np.isnan(gain))
             h = min(horizon, self.plan_horizon)
@@ -150,26 +164,35 @@ class ReplayBuffer:
         return {"obs": seq["obs"][:, 0], "chunk": chunk, "mask": mask, "gain": gain, "n_step_return": seq["n_step_return"][:, 0],
                 "discount": seq["discount"][:, 0], "bootstrap_obs": seq["bootstrap_obs"][:, 0]}
 
-    def state(self) -> Batch:
-        """Contents as arrays, oldest numbers included, for a checkpoint."""
-        ends = {"end_positions": np.array(list(self.ends), np.int64), "end_obs": np.array(list(self.ends.values()), np.float32)}
-        return {**{k: v[: self.size] for k, v in self.arrays.items()}, **ends, "cursor": np.array([self.size, self.head, self.total], np.int64)}
+    def rows(self, first: int, last: int) -> Batch:
+        """Transitions number first..last-1, copied, for a file: `steps` (n, F) with 1 or 0 in place of `end`: the segment ends in a termination; gain and
+        plan, if there are any; `end_obs` (m, Do): the observations behind the segments that end here, in order."""
+        at = np.arange(first, last) % self.capacity
+        out = {k: self.arrays[k][at] for k in ("gain", "plan") if k in self.arrays} | {"steps": self.steps[at]}
+        fields = self.fields(out["steps"])
+        out["end_obs"] = self.end_obs[fields["end"][fields["remaining"] == 1]]
+        fields["end"][:] = self.end_terminated[fields["end"]]
+        return out
 
-    def load_state(self, state: Batch) -> None:
-        """Inverse of `state`; ValueError when it does not fit this buffer."""
-        size, head, total = (int(x) for x in state["cursor"])
-        missing = sorted({*self.arrays, "end_positions", "end_obs"} - set(state))
-        if size > self.capacity or missing:
-            raise ValueError(f"replay checkpoint does not fit: {size} transitions for a capacity of {self.capacity}, missing arrays: {missing or 'none'}")
-        wrong = [f"{k} {state[k].shape}, expected {(size, *v.shape[1:])}" for k, v in self.arrays.items() if state[k].shape != (size, *v.shape[1:])]
-        if wrong:
-            raise ValueError(f"replay checkpoint does not fit: {'; '.join(wrong)}")
-        shift = head if size < self.capacity else 0             # a full ring restored into a larger one: unroll it, oldest first
-        for k, v in self.arrays.items():
-            v[:size] = np.roll(state[k], -shift, 0)
-        positions = (state["end_positions"] - shift) % max(size, 1)
-        self.ends = dict(zip(positions.tolist(), np.array(state["end_obs"], np.float32), strict=True))
-        self.size, self.head, self.total = size, size if size < self.capacity else head, total
+    def extend(self, rows: Batch) -> None:
+        """Append what `rows` gave, at most `capacity` of them. ValueError when they do not fit this buffer; then nothing has changed."""
+        n = len(rows["steps"])
+        expected = {"steps": (n, self.steps.shape[1]), **{k: (n, *self.arrays[k].shape[1:]) for k in ("gain", "plan") if k in self.arrays}}
+        found = {k: rows[k].shape if k in rows else "missing" for k in expected}
+        wrong = [f"{k} {found[k]}, expected {shape}" for k, shape in expected.items() if found[k] != shape]
+        if wrong or n > self.capacity:
+            raise ValueError(f"{n} stored transitions do not fit the replay of {self.capacity}: {'; '.join(wrong) or 'replay.capacity is too small'}")
+        at, fields = self.make_room(n), self.fields(np.ascontiguousarray(rows["steps"], np.float32))
+        last = fields["remaining"] == 1
+        segment = np.cumsum(last) - last                        # (n,) which of the segments that are touched here
+        ends = [self.take_end() for _ in range(int(segment[-1]) + 1 - (self.open_end is not None))]
+        ends = np.array([self.open_end, *ends] if self.open_end is not None else ends)
+        self.end_terminated[ends[segment]] = fields["end"]
+        self.end_obs[ends[:int(last.sum())]] = rows["end_obs"]
+        for k in expected:
+            (self.steps if k == "steps" else self.arrays[k])[at] = rows[k]
+        self.arrays["end"][at] = ends[segment]
+        self.open_end = None if last[-1] else int(ends[-1])
 
 
 class MixedReplay:

@@ -6,15 +6,17 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 
 from modip_ray.config import Config
-from modip_ray.learning.checkpoint import Checkpoint, as_bytes
+from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, as_bytes, folders, write_state
 from modip_ray.learning.journal import Journal, Record
 from modip_ray.learning.limiter import STREAMS, RateLimiter, Stream
 from modip_ray.learning.replay import Batch, MixedReplay, ReplayBuffer
+from modip_ray.learning.replay_files import ReplayFiles, Snapshot
 from modip_ray.learning.segment import SeenIds, Segment, decode, encode
 from modip_ray.schedule import widened
 from modip_ray.tasks.episode import Episode
@@ -35,7 +37,9 @@ class ReplayServer:
     A batch depends on what is stored and on the number of the update it is for, on nothing else: asked for twice it is drawn alike.
     """
 
-    def __init__(self, cfg: Config, replay: MixedReplay, journal: Journal | None = None):
+    def __init__(self, cfg: Config, replay: MixedReplay, journal: Journal | None = None, component: str = "replay"):
+        """component: the name of this role's files in checkpoints."""
+        self.files = ReplayFiles(component)
         self.cfg, self.replay, self.journal, self.limiter = cfg, replay, journal, RateLimiter(cfg)
         self.retired: set[str] = set()                              # incarnations of workers that were given up
         self.refused, self.damaged = 0, 0                           # segments that came from them; places of the journal that could not be read
@@ -118,32 +122,59 @@ class ReplayServer:
         online = self.replay.online
         if not online.size:
             return {}
-        newest = (online.head - 1 - np.arange(min(RECENT, online.size))) % online.capacity
-        gain = online.arrays["gain"][newest]
+        gain = online.arrays["gain"][online.newest(min(RECENT, online.size))]
         gain = gain[np.isfinite(gain)]
         if not len(gain):
             return {}
         return {"plan_gain_mean": float(gain.mean()), "plan_share_accepted": float((gain > self.cfg.guard.min_gain).mean())}
 
-    def state(self) -> Batch:
-        """Online contents, ids and counts for a checkpoint; the journal goes on in a new part, where what comes later is found."""
-        online = {f"online.{k}": v for k, v in self.replay.online.state().items()}
-        facts = {"inserted": self.limiter.inserted, "journal": self.journal.rotate() if self.journal is not None else 0,
-                 "seen": self.replay.seen.dump(), "retired": sorted(self.retired)}
-        return online | {"facts": as_bytes(json.dumps(facts))}
+    # ---- checkpoints -------------------------------------------------------------------------------------------------------------------------
 
-    def sync(self) -> None:
-        """Have what was stored before the last `state` on the disk itself; may be called beside the rest."""
+    def save(self, folder: Path) -> int:
+        """This role's part of a checkpoint, into a folder from `begin`; returns the environment steps in it."""
+        return self.write(folder, self.snapshot(self.files.sound(folder.parent)))
+
+    def snapshot(self, sound: Mapping[str, Path]) -> tuple[Snapshot, dict[str, Any]]:
+        """What `write` needs, of one moment; `sound`: of `files.sound`. The journal goes on in a new part, where what comes later will be found."""
+        online = self.replay.online
+        facts = {"size": online.size, "total": online.total, "inserted": self.limiter.inserted, "seen": self.replay.seen.dump(),
+                 "retired": sorted(self.retired), "journal": self.journal.rotate() if self.journal is not None else 0}
+        return self.files.snapshot(online, sound), facts
+
+    def write(self, folder: Path, snapshot: tuple[Snapshot, dict[str, Any]]) -> int:
+        """May be called beside everything but `write`. Parts of the journal that no checkpoint needs any more are deleted."""
+        ring, facts = snapshot
+        sums = self.files.write(folder, ring)
+        write_state(folder, self.files.component, {"facts": as_bytes(json.dumps(facts | {"sums": sums}))})
         if self.journal is not None:
             self.journal.sync()
+            needed = [part for kept in folders(folder.parent)[:self.cfg.log.keep_checkpoints] if (part := self.journal_part(kept)) is not None]
+            self.journal.drop(before=min(needed, default=0))
+        return facts["inserted"]
 
-    def load_state(self, state: Batch, updates: int, policy_updates: int) -> int:
-        """Inverse of `state`; the updates are those of the learner's own checkpoint. Returns the journal's part to `recover` from."""
-        self.replay.online.load_state({k.removeprefix("online."): v for k, v in state.items() if k.startswith("online.")})
-        facts = json.loads(state["facts"].tobytes())
+    def journal_part(self, folder: Path) -> int | None:
+        """From which part on the journal has what a checkpoint has not; None for one that cannot be read."""
+        try:
+            return facts_of(Checkpoint(folder, {}), self.files.component)["journal"]
+        except CheckpointError:
+            return None
+
+    def load(self, checkpoint: Checkpoint, updates: int, policy_updates: int) -> int:
+        """Take over what `save` wrote; the updates are those of the learners' own parts. Returns the part of the journal to `recover` from."""
+        facts = facts_of(checkpoint, self.files.component)
+        self.files.load(self.replay.online, checkpoint, facts["size"], facts["total"], facts["sums"])
         self.replay.seen, self.retired = SeenIds.parse(facts["seen"]), set(facts["retired"])
         self.limiter.set_counts(facts["inserted"], updates, policy_updates)
         return facts["journal"]
+
+
+def facts_of(checkpoint: Checkpoint, component: str) -> dict[str, Any]:
+    state = checkpoint.read(component)
+    try:
+        return json.loads(state["facts"].tobytes())
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {component} is not what this version of modip_ray writes; start in another run_dir, or go on with the "
+                              "version that wrote it") from error
 
 
 def offline_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayBuffer:
@@ -175,12 +206,12 @@ def shard_name(cfg: Config, shard: int) -> str:
     return "replay" if cfg.replay.shards == 1 else f"replay_{shard}"
 
 
-def build_replay(cfg: Config, episodes: Sequence[Episode], journal: Journal | None = None) -> ReplayServer:
+def build_replay(cfg: Config, episodes: Sequence[Episode], journal: Journal | None = None, component: str = "replay") -> ReplayServer:
     """Offline data beside an empty online ring that can hold the whole run, or replay.capacity."""
     offline = offline_replay(cfg, episodes)
     obs_dim, action_dim = offline.arrays["obs"].shape[1], offline.arrays["action"].shape[1]
     online = ReplayBuffer(cfg.replay.capacity, obs_dim, action_dim, cfg.critic.gamma, cfg.planner.horizon)
-    return ReplayServer(cfg, MixedReplay(offline, online, cfg.seed, cfg.distill.target == "planned"), journal)
+    return ReplayServer(cfg, MixedReplay(offline, online, cfg.seed, cfg.distill.target == "planned"), journal, component)
 
 
 def shard_updates(state: Mapping[str, np.ndarray], shards: int) -> np.ndarray:
@@ -195,10 +226,10 @@ def restored_replay(cfg: Config, episodes: Sequence[Episode], checkpoint: Checkp
     exact: as it was at the checkpoint, without what was stored since, which the journal forgets.
     """
     name, first = shard_name(cfg, shard), 0
-    server = build_replay(shard_config(cfg, shard), episodes, Journal(run / "journal" / name) if run is not None else None)
+    server = build_replay(shard_config(cfg, shard), episodes, Journal(run / "journal" / name) if run is not None else None, name)
     if checkpoint is not None:
         updates = [int(shard_updates(checkpoint.read(f"learner_{stream}"), cfg.replay.shards)[shard]) for stream in STREAMS]
-        first = server.load_state(checkpoint.read(name), *updates)
+        first = server.load(checkpoint, *updates)
     if server.journal is not None:
         if exact:
             server.journal.drop(since=first)

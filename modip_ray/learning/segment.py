@@ -63,7 +63,7 @@ class SeenIds:
     def split(name: str) -> tuple[str, int]:
         """Sender and number; an id that ends in no number is a sender of one segment."""
         sender, _, number = name.rpartition("/")
-        return (sender, int(number)) if number.isdecimal() else (name, 0)
+        return (sender, int(number)) if number.isdecimal() else (f"{name}/", 0)
 
     def __contains__(self, name: str) -> bool:
         sender, number = self.split(name)

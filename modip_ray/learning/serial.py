@@ -134,8 +134,7 @@ class SerialSystem:
     def save(self, folder: Path) -> Counts:
         for stream, part in learner_state(self.learner).items():
             write_state(folder, f"learner_{stream}", part)
-        write_state(folder, "replay", self.replay.state())
-        self.replay.sync()
+        self.replay.save(folder)
         if self.bc is not None:
             write_state(folder, "bc", {"policy": self.bc})
         if self.collector is not None:

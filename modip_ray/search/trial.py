@@ -42,7 +42,7 @@ class Refitted(Checkpoint):
 
     def read(self, component: str) -> State:
         state = super().read(component)
-        return {k: fit(v, self.horizon) if k.endswith((".plan", ".plans")) else v for k, v in state.items()}
+        return {k: fit(v, self.horizon) if k == "plan" or k.endswith((".plan", ".plans")) else v for k, v in state.items()}
 
 
 def fit(plans: np.ndarray, horizon: int) -> np.ndarray:

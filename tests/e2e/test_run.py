@@ -117,7 +117,7 @@ def test_a_serial_run_is_a_function_of_its_seed_and_of_nothing_else(tmp_path, da
     evaluated = train(small(tmp_path / "evaluated", data, serial=True, eval__every_steps=100))
     assert plain["scores"]["mpc"]["returns"] == evaluated["scores"]["mpc"]["returns"]
     a, b = (newest(tmp_path / name / "checkpoints") for name in ("plain", "evaluated"))
-    for part in ("learner_model", "learner_policy", "replay", "bc"):
+    for part in ("learner_model", "learner_policy", "replay.rows_0000000", "bc"):
         x, y = a.read(part), b.read(part)
         assert x.keys() == y.keys() and all(np.array_equal(x[k], y[k], equal_nan=x[k].dtype.kind == "f") for k in x), part
 
@@ -126,7 +126,7 @@ def test_no_file_of_a_checkpoint_needs_pickle(tmp_path, data):
     train(small(tmp_path / "run", data, serial=True, online__env_steps=60, eval__every_steps=0))
     last = folders(tmp_path / "run" / "checkpoints")[0]
     assert {p.name for p in last.iterdir()} == {"counters.json", "done"} | \
-        {f"{part}.safetensors" for part in ("learner_model", "learner_policy", "replay", "bc", "collection")}
+        {f"{part}.safetensors" for part in ("learner_model", "learner_policy", "replay", "replay.rows_0000000", "bc", "collection")}
     assert all(read_state(p) for p in last.glob("*.safetensors"))
 
 

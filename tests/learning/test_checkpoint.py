@@ -148,7 +148,7 @@ def test_save_and_resume_equals_going_on(parts, tmp_path):
     folder = begin(tmp_path)
     for stream, state in learner_state(updater.learner).items():
         write_state(folder, f"learner_{stream}", state)
-    write_state(folder, "replay", replay.state())
+    replay.save(folder)
     commit(folder, {"env_steps": 0, "updates": 3}, 1)
     expected = go_on(updater, replay, 4)
 
@@ -156,7 +156,7 @@ def test_save_and_resume_equals_going_on(parts, tmp_path):
     saved = newest(tmp_path)
     for stream in ("model", "policy"):
         load_learner(resumed.learner, stream, saved.read(f"learner_{stream}"))
-    replay2.load_state(saved.read("replay"), resumed.learner.updates, resumed.learner.policy_updates)
+    replay2.load(saved, resumed.learner.updates, resumed.learner.policy_updates)
     assert go_on(resumed, replay2, 4) == expected
     a, b = everything(updater), everything(resumed)
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)

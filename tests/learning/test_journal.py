@@ -70,7 +70,8 @@ def test_kill_9_in_the_middle_of_writing_loses_nothing_that_was_answered(tmp_pat
         process = child(APPEND_FOR_EVER, tmp_path)
         answered = [int(process.stdout.readline()) for _ in range(lines)]
         process.send_signal(signal.SIGKILL)
-        answered += [int(line) for line in process.communicate()[0].split("\n")[:-1]]
+        answered += [int(line) for line in process.stdout.read().split("\n")[:-1]]
+        process.communicate()
         journal = Journal(tmp_path)
         numbers = [int.from_bytes(p[:4], "little") for p in payloads(journal, expected)]
         assert numbers[:answered[-1]] == list(range(answered[-1])) and len(numbers) <= answered[-1] + 2 and journal.damage == []

@@ -138,29 +138,31 @@ def test_every_stored_transition_is_drawn(segments, capacity):
 
 
 @FAST
-@given(SEGMENTS, SEGMENTS, st.integers(9, 25), st.integers(0, 30))
-def test_state_round_trip_then_more(before, after, capacity, extra):
-    """Restored into the same or a larger ring: the same contents, and further segments do no harm."""
-    one = fill(capacity, before)
-    state = {k: v.copy() for k, v in one.state().items()}
-    two = ReplayBuffer(capacity + extra, 2, 2, one.gamma, PLAN_H)
-    two.load_state(state)
-    assert (two.size, two.total) == (one.size, one.total)
+@given(SEGMENTS, SEGMENTS, st.integers(9, 25), st.integers(0, 30), st.integers(1, 12))
+def test_rows_out_and_in_again_then_more(before, after, capacity, extra, chunk):
+    """In pieces of any size, into the same or a larger ring: the same contents, and further segments do no harm."""
+    one, two = fill(capacity, before), ReplayBuffer(capacity + extra, 2, 2, 0.9, PLAN_H)
+    two.total = one.total - one.size
+    for first in range(one.total - one.size, one.total, chunk):
+        two.extend(one.rows(first, min(first + chunk, one.total)))
+    assert (two.size, two.total) == (one.size, one.total) and two.open_end is None
     if not extra:
         assert two.head == one.head
-        for key, value in one.arrays.items():
-            np.testing.assert_array_equal(two.arrays[key][: two.size], value[: one.size])
+        for key, value in one.sequences(np.arange(one.size), 3, 2).items():
+            np.testing.assert_array_equal(two.sequences(np.arange(one.size), 3, 2)[key], value)
     stored = two.size
     for i, (length, terminated) in enumerate(after, len(before)):
         one.add(make(i, length, terminated))
         two.add(make(i, length, terminated))
     check_everything(one, before + after, 3, 2)
-    if two.capacity >= stored + sum(length for length, _ in after):
-        lost = sum(length for length, _ in before) - stored         # gone before the checkpoint; the larger ring keeps all the rest
-        found = {tuple(o) for o in two.sequences(np.arange(two.size), 1, 1)["obs"][:, 0].astype(int).tolist()}
-        everything = [(i, t) for i, (length, _) in enumerate(before + after) for t in range(length)]
-        assert found == set(everything[lost:])
-    out = two.sequences(np.arange(two.size), 3, 2)
+    assert len(two.end_obs) - len(two.free_ends) == (two.arrays["remaining"] == 1).sum()
+    drawn = np.unique(two.draw(np.random.default_rng(0), 50 * two.capacity))
+    assert set(drawn) == set(two.newest(two.size))
+    found = [tuple(o) for o in two.sequences(two.newest(two.size), 1, 1)["obs"][:, 0].astype(int).tolist()]
+    everything = [(i, t) for i, (length, _) in enumerate(before + after) for t in range(length)]
+    added = sum(length for length, _ in after)                      # what was gone before stays gone; the larger ring keeps all the rest
+    assert found == everything[len(everything) - min(two.capacity, stored + added):]
+    out = two.sequences(two.newest(two.size), 3, 2)
     assert (out["obs"][:, :, 0] == out["obs"][:, :1, 0]).all() and (np.diff(out["mask"], axis=1) <= 0).all() and (out["mask"][:, 0] == 1).all()
 
 
@@ -217,16 +219,16 @@ def test_sizes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda s: s.pop("reward"), "missing arrays: .*reward"),
-    (lambda s: s.update(obs=s["obs"][:, :1]), r"obs \(7, 1\), expected \(7, 2\)"),
-    (lambda s: s.update(action=s["action"][:-1]), r"action \(6, 2\), expected \(7, 2\)"),
-    (lambda s: s.update(cursor=np.array([30, 0, 30])), "30 transitions for a capacity of 12"),
+    (lambda s: s.pop("gain"), "gain missing"),
+    (lambda s: s.update(steps=s["steps"][:, :1]), r"steps \(7, 1\), expected \(7, 8\)"),
+    (lambda s: s.update(plan=s["plan"][:-1]), r"plan \(6, 2, 2\), expected \(7, 2, 2\)"),
+    (lambda s: s.update({k: np.concatenate([v, v]) for k, v in s.items()}), "14 stored transitions do not fit the replay of 12"),
 ])
-def test_a_checkpoint_that_does_not_fit_is_refused(spoil, message):
-    state, other = dict(fill(12, [(4, True), (3, False)]).state()), fill(12, [(2, True)])
-    spoil(state)
+def test_rows_that_do_not_fit_are_refused(spoil, message):
+    rows, other = fill(12, [(4, True), (3, False)]).rows(0, 7), fill(12, [(2, True)])
+    spoil(rows)
     with pytest.raises(ValueError, match=message):
-        other.load_state(state)
+        other.extend(rows)
     check_everything(other, [(2, True)], 3, 2)
 
 
@@ -275,5 +277,5 @@ def test_memory_is_little_more_than_the_data_themselves():
     for _ in range(70):
         buffer.add(segment)
     raw = 1000 * 4 * (17 + 6 + 1 + 1 + 3 * 6)
-    assert len(buffer.ends) == 20
-    assert buffer.records.nbytes + sum(o.nbytes for o in buffer.ends.values()) < 1.2 * raw
+    assert len(buffer.end_obs) - len(buffer.free_ends) == 20
+    assert buffer.steps.nbytes + sum(buffer.arrays[k].nbytes for k in ("gain", "plan")) + buffer.end_obs.nbytes < 1.2 * raw
