@@ -96,7 +96,8 @@ def save(path: Path, run: Path, found: dict[str, dict]) -> None:
 def line(name: str, s: dict) -> str:
     d = s["difference"]
     against = f"{d['mean']:+.0f} [{d['ci95'][0]:+.0f}, {d['ci95'][1]:+.0f}]" if d else ""
-    return f"| {name} | {s['mean']:.0f} [{s['ci95'][0]:.0f}, {s['ci95'][1]:.0f}] | {len(s['values'])} | {against} | {s.get('plan_ms_per_step', float('nan')):.1f} |"
+    mean, ms = f"{s['mean']:.0f} [{s['ci95'][0]:.0f}, {s['ci95'][1]:.0f}]", s.get("plan_ms_per_step", float("nan"))
+    return f"| {name} | {mean} | {len(s['values'])} | {against} | {ms:.1f} |"
 
 
 if __name__ == "__main__":

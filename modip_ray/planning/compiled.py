@@ -32,7 +32,8 @@ class CompileBeside:
         except (*compile_errors(), RuntimeError, OSError) as error:
             tell(f"modip: the planner stays uncompiled: {type(error).__name__}: {str(error).splitlines()[0]}")
             return
-        self.search.rollout, self.search.agent.policy.denoise = rollout, denoise
+        self.search.agent.policy.denoise = denoise
+        self.search.rollout = rollout                                               # last: planning/graphs.py sees by it that both are there
         self.ready.set()
 
     @torch.inference_mode()

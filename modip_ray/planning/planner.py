@@ -16,6 +16,7 @@ from torch import Tensor
 from modip_ray.config import Config
 from modip_ray.model.agent import Agent
 from modip_ray.model.hardware import uses_bf16
+from modip_ray.planning.graphs import Buckets
 from modip_ray.planning.search import Noise, Search
 from modip_ray.schedule import widened
 from modip_ray.timing import Timer
@@ -67,6 +68,7 @@ class Planner:
     def __init__(self, cfg: Config, agent: Agent, seed: int = 0, timer: Timer | None = None):
         self.device = agent.normalizer.obs_mean.device
         self.cfg, self.search = cfg, Search(cfg, agent.frozen_copy(), uses_bf16(cfg.resources.precision, self.device))
+        self.find = Buckets(self.search) if self.device.type == "cuda" else self.search
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.warm = WarmStarts(cfg.planner.horizon, agent.action_dim, self.device)
         self.version, self.env_steps = 0, 0
@@ -123,15 +125,18 @@ class Planner:
         noise = Noise(self.noise((len(s), p.proposals, policy.horizon, policy.action_dim)),
                       self.noise((len(s), p.iterations, p.gaussian, p.horizon, policy.action_dim)))
         with self.timer("plan/search"):
-            plan, std, gain, accepted = self.search(s, noise, self.warm.table[rows], has_warm, torch.tensor(self.trust_region(), device=self.device))
+            plan, std, gain, accepted = self.find(s, noise, self.warm.table[rows], has_warm, torch.tensor(self.trust_region(), device=self.device))
         c = p.n_action_steps
         self.warm.table[rows] = torch.cat([plan[:, c:], plan[:, -1:].expand(-1, c, -1)], 1)[:, : p.horizon]
         act = plan[:, :c]
         if explore:
             act = torch.where(accepted[:, None, None], (act + std[:, :c] * self.noise(tuple(act.shape))).clamp(-1, 1), act)
-        raw, gains = self.agent.normalizer.raw_action, gain.cpu().numpy()
+        raw = self.agent.normalizer.raw_action
+        actions = raw(torch.cat([act, plan], 1))                                    # (B, c + H, Da)
+        answer = torch.cat([gain[:, None], actions.flatten(1)], 1).cpu().numpy()    # the one place that waits for the device
+        gains, actions = answer[:, 0], answer[:, 1:].reshape(actions.shape)
         self.not_finite += int(np.isnan(gains).sum())
-        return Plan(raw(act).cpu().numpy(), raw(plan).cpu().numpy(), gains, self.version)
+        return Plan(actions[:, :c], actions[:, c:], gains, self.version)
 
     def trust_region(self) -> tuple[float, float]:
         """(largest std of Gaussian candidates, how far they may leave the range of the policy's proposals), widening with online data."""

@@ -6,6 +6,7 @@ from torch import nn
 
 from modip_ray.model import hardware
 from modip_ray.planning.compiled import CompileBeside
+from modip_ray.planning.graphs import Buckets, bucket
 from modip_ray.planning.search import Noise, Search
 
 ROWS = 5
@@ -114,3 +115,37 @@ def test_where_nothing_can_be_compiled_the_plain_function_runs_and_says_so_once(
         assert torch.equal(rollout(hidden, actions), planner.search.rollout(hidden, actions))
     said = capsys.readouterr().err
     assert said.count("modip: the test runs uncompiled: ") == 1 and said.count("\n") == 1
+
+
+@torch.inference_mode()
+def test_rows_are_padded_to_a_few_sizes_each_recorded_once(make_planner, inputs):
+    planner, recorded = fp32(make_planner), []
+
+    def record(run):
+        recorded.append(run)
+        return run
+    padded = Buckets(planner.search, record)
+    args = inputs(planner)
+    found, whole = padded(*args), planner.search(*args)
+    for mine, plain in zip(found, whole, strict=True):
+        assert mine.shape == plain.shape
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+    found = [x.clone() for x in found]
+    buffers, run = padded.recorded[8]
+    for buffer in buffers[:5]:                                      # whatever the padding rows hold, the real ones are bit for bit the same
+        buffer[ROWS:] = 1
+    assert all(torch.equal(x[:ROWS], y) for x, y in zip(run(), found, strict=True))
+    s, noise, warm, has_warm, limits = args
+    for rows in (1, 3, 5, 8):                                       # one recording serves them all
+        some = torch.arange(rows) % ROWS
+        assert len(padded(s[some], Noise(*(n[some] for n in noise)), warm[some], has_warm[some], limits).plan) == rows
+    assert len(recorded) == 1
+    planner.agent.load_flat(planner.agent.flat() * 1.1)             # in place: no recording, other plans
+    assert not torch.equal(padded(*args).gain, found[2]) and len(recorded) == 1
+    planner.search.rollout = lambda *args: Search.rollout(planner.search, *args)        # as the compiler swaps its code in
+    padded(*args)
+    assert len(recorded) == 2
+
+
+def test_bucket_sizes():
+    assert [bucket(n) for n in (1, 8, 9, 16, 17, 100, 128, 512)] == [8, 8, 16, 16, 32, 128, 128, 512]
