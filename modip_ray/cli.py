@@ -13,7 +13,7 @@ from modip_ray.config import Config, ConfigError, load, parse_override
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done (or stopped in good order), 2 something to mend, said in one line."""
+    """Run one command and exit: 0 done (or stopped in good order), 2 something to mend, said in one line, 130 interrupted."""
     args, rest = parser().parse_known_args(argv)
     if rest and args.command != "bench":
         parser().error(f"unknown argument(s) {' '.join(rest)}; settings are given as key=value, e.g. planner.horizon=3")
@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 2
     except BrokenPipeError:
         code = 0
+    except KeyboardInterrupt:
+        again = "; the same command resumes from the last checkpoint" if args.command == "train" else ""
+        print(f"\nmodip {args.command}: interrupted{again}", file=sys.stderr)
+        code = 130
     sys.exit(code or 0)
 
 

@@ -226,6 +226,8 @@ class Log:
     checkpoint_every_s: float
     keep_checkpoints: int
     audit: bool
+    keep_best: bool
+    grace_s: float
     tensorboard: bool
     ray_metrics: bool
     wandb: Literal["disabled", "offline", "online"]

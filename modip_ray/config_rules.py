@@ -19,7 +19,7 @@ POSITIVE = """
     planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker rollout.groups rollout.segment_length
     replay.shards replay.capacity replay.prefetch
     eval.episodes eval.every_episodes eval.bootstrap task.max_episode_steps data.transitions resources.torch_threads resources.call_timeout_s
-    log.every_s log.keep_checkpoints distill.beta distill.n_step
+    log.every_s log.keep_checkpoints log.grace_s distill.beta distill.n_step
     learner.max_bad_updates learner.snapshot_every learner.max_roll_backs
 """.split()
 

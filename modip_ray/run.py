@@ -35,16 +35,16 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
     Raises ConfigError, DataError, EnvError, CheckpointError or RunError with what to do; Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     factory = env_factory or named_env_factory(cfg.task)
-    with RunFolder(cfg) as folder, StopSignals() as stop:
+    with RunFolder(cfg) as folder, StopSignals(cfg.log.grace_s) as stop:
         summary = folder.finished_summary()
         if summary is not None:
             print(final_table(summary))
             return summary
         session = Session(cfg, folder, stop)
         try:
-            with session.timed("data"):
+            with session.timed("data"), stop.at_once():
                 data = offline_phase(session, factory)
-            with session.timed("start"):
+            with session.timed("start"), stop.at_once():
                 session.system = system = build_system(cfg, data, factory, segment_hook, folder)
             if cfg.log.ray_metrics and not cfg.serial:
                 from modip_ray.actors.metrics import RaySink
@@ -55,9 +55,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
             folder.write_summary(summary)
             session.progress.say(f"report: {write_report([folder.path])}")
         except Stopped:
-            session.progress.finish("stopped")
-            at = f"{session.status.env_steps:,} environment steps and {session.status.updates:,} updates"
-            print(f"stopped at {at}; the same command resumes: modip train ... run_dir={folder.path}")
+            session.stopped()
             raise
         finally:
             if session.system is not None:
@@ -73,7 +71,6 @@ def offline_phase(session: Session, factory: EnvFactory) -> Dataset:
 
     def progress(done: int, total: int) -> None:
         session.progress.update(done)
-        session.stop.check()
     data = load_data(cfg, factory, session.folder.path, progress, ProgressLine(cfg.data.source))
     session.data_score = score(cfg, measure(cfg.task.metric, data.episodes))
     session.progress.scores(data=session.data_score["mean"])
@@ -106,7 +103,7 @@ def pretrain(session: Session, system: System) -> None:
             session.tick(status, status.updates + status.policy_updates, **losses(status.metrics))
         session.progress.finish()
         system.freeze_bc()
-        system.request_evaluation(periodic_jobs(cfg) if cfg.eval.every_steps else [])
+        session.request_evaluation(periodic_jobs(cfg) if cfg.eval.every_steps else [])
         session.record(system.reports())
         session.next_eval = cfg.eval.every_steps
         session.enter("online")
@@ -121,7 +118,7 @@ def online(session: Session, system: System) -> None:
         done = False
         while not done:
             due = 0 < session.next_eval < steps
-            if due and session.status.env_steps >= session.next_eval and system.request_evaluation(periodic_jobs(cfg)):
+            if due and session.status.env_steps >= session.next_eval and session.request_evaluation(periodic_jobs(cfg)):
                 session.next_eval = (session.status.env_steps // cfg.eval.every_steps + 1) * cfg.eval.every_steps
             status = system.advance("online", TICK_S, until=session.next_eval if 0 < session.next_eval < steps else steps)
             session.record(system.reports())
@@ -134,15 +131,13 @@ def online(session: Session, system: System) -> None:
 def evaluate(session: Session, system: System, data: Dataset) -> dict:
     """All three ways of acting on the same seeds; the summary."""
     cfg, finished = session.cfg, []
-    with session.timed("eval"):
+    with session.timed("eval"), session.stop.at_once():
         jobs = [job for mode in reversed(MODES) for job in jobs_for(mode, cfg.eval.episodes, cfg.eval.seed)]    # the planner's first: they take longest
         session.progress.start("evaluate", sum(len(job.seeds) for job in jobs), "episodes")
 
         def progress(outcome: Outcome) -> None:
             finished.append(len(outcome.returns))
             session.evaluated(sum(finished))
-            session.stop.check()
-        session.stop.check()
         report = system.evaluate(jobs, progress)
         session.record(system.reports())
         session.record([report])

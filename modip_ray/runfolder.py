@@ -6,17 +6,18 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from modip_ray.config import Config, ConfigError, build, config_dir, merge, read_yaml
-from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, newest, write_synced
+from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, best, newest, write_synced
 from modip_ray.report.rundata import flatten
 
 FREE = ("run_dir", "serial", "resources.", "log.", "eval.", "online.env_steps", "rollout.num_workers", "planner.replicas")    # may differ when a run goes on
@@ -111,8 +112,11 @@ def with_defaults(saved: dict, path: Path) -> dict:
     return tree
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    checkpoint = newest(path / "checkpoints")
+def open_checkpoint(path: Path, which: Literal["newest", "best"] = "newest") -> Checkpoint:
+    """A run's newest checkpoint, or the best one by its periodic evaluations, which holds what acting needs."""
+    checkpoint = (newest if which == "newest" else best)(path / "checkpoints")
+    if checkpoint is None and which == "best":
+        raise CheckpointError(f"{path}: has no best checkpoint: it is kept by log.keep_best from the first periodic evaluation (eval.every_steps) on")
     if checkpoint is None:
         raise CheckpointError(f"{path}: has no checkpoint yet; train first (a checkpoint is written at the end of each phase)")
     return checkpoint
@@ -129,9 +133,9 @@ def check_same(earlier: dict, cfg: Config, path: Path) -> None:
 
 
 def command_line() -> str:
-    """What was typed, less the folder of the interpreter's script."""
+    """What was typed, less the folder of the interpreter's script; it can be pasted into a shell."""
     name = Path(sys.argv[0]).name
-    return " ".join(["python -m modip_ray" if name == "__main__.py" else name, *sys.argv[1:]])
+    return " ".join(["python -m modip_ray" if name == "__main__.py" else name, shlex.join(sys.argv[1:])]).rstrip()
 
 
 def versions() -> dict[str, str]:

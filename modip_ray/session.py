@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import signal
 import threading
 import time
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from modip_ray.config import Config
-from modip_ray.learning.checkpoint import begin, commit
-from modip_ray.learning.evaluation import MODES, Outcome, joined
+from modip_ray.learning.checkpoint import begin, best_score, commit, commit_best, stage_best
+from modip_ray.learning.evaluation import MODES, Job, Outcome, joined
 from modip_ray.learning.system import Report, Status, System
 from modip_ray.report.metrics import MetricsLog
 from modip_ray.report.progress import Progress
-from modip_ray.runfolder import RunFolder
+from modip_ray.runfolder import RunError, RunFolder, command_line
 from modip_ray.tasks.scores import score_summary
 
 
@@ -26,30 +27,58 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Turns the first Ctrl-C or SIGTERM into a flag; the second Ctrl-C interrupts at once. Outside the main thread signals stay as they are."""
+    """The first Ctrl-C or SIGTERM is noted, and `check` raises Stopped; the second Ctrl-C interrupts at once. Outside the main thread signals stay as they are.
 
-    def __init__(self):
-        self.asked = False
+    From the first one on there are `grace_s` seconds until `saved` is called: then RunError is raised wherever the main thread is.
+    """
+
+    def __init__(self, grace_s: float):
+        self.grace_s = grace_s
+        self.asked = self.immediate = False
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.note)
+            handlers = {signal.SIGINT: self.note, signal.SIGTERM: self.note, signal.SIGALRM: self.too_late}
+            self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def note(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.asked:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.asked = True
+        signal.setitimer(signal.ITIMER_REAL, self.grace_s)
+        if self.immediate:
+            raise Stopped
+
+    def too_late(self, number: int, frame: object) -> None:
+        raise RunError(f"stopped without a checkpoint: it was not written within {self.grace_s:g} s (log.grace_s); the same command goes on from the last one")
+
+    def saved(self) -> None:
+        """Nothing is left to be saved: time no longer matters."""
+        if self.before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __exit__(self, *exc: object) -> None:
+        self.saved()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def check(self) -> None:
         if self.asked:
             raise Stopped
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In the block a signal itself raises Stopped: for long calls that change nothing that is to be saved."""
+        self.check()
+        self.immediate = True
+        try:
+            yield
+        finally:
+            self.immediate = False
 
 
 def score(cfg: Config, measures: Mapping[str, Sequence[float]], seeds: Sequence[int] | None = None) -> dict:
@@ -120,9 +149,9 @@ class Session:
         if now - self.logged_at >= self.cfg.log.every_s or status.done:
             self.write_train_row()
             self.write_system_row(self.system.gauges() if self.system is not None else {})
-        if self.stop.asked or now - self.saved_at >= self.cfg.log.checkpoint_every_s:
-            self.save()
         self.stop.check()
+        if now - self.saved_at >= self.cfg.log.checkpoint_every_s:
+            self.save()
 
     # ---- rows --------------------------------------------------------------------------------------------------------------------------------
 
@@ -155,6 +184,22 @@ class Session:
         if time.monotonic() - self.logged_at >= self.cfg.log.every_s:
             self.write_system_row({"eval/episodes": episodes})
 
+    def request_evaluation(self, jobs: Sequence[Job]) -> bool:
+        """As `System.request_evaluation` (serially it is made here and now); with log.keep_best the weights that are evaluated are put by."""
+        with self.stop.at_once():
+            begun = self.system.request_evaluation(jobs)
+        if begun and self.cfg.log.keep_best:
+            self.candidate = stage_best(self.save())
+        return begun
+
+    candidate: Path | None = None
+
+    def keep_if_best(self, score: float) -> None:
+        """`score`: of the evaluation that was asked for last."""
+        if self.candidate is not None and score > best_score(self.folder.checkpoints):
+            self.progress.say(f"best so far: {commit_best(self.candidate, score)}")
+        self.candidate = None
+
     def record(self, reports: Sequence[Report]) -> None:
         """Rows of finished evaluations: scores, diagnostics, timings."""
         for report in reports:
@@ -162,6 +207,8 @@ class Session:
             for mode, found in scores_of(self.cfg, report.outcomes).items():
                 self.log.write({"kind": "eval", "mode": mode, **at, **found})
                 self.progress.scores(**{mode: found["mean"]})
+                if mode == "mpc":
+                    self.keep_if_best(found["mean"])
             if report.diagnostics:
                 shares = {} if self.distilled is None or self.phase == "pretrain" else {"plan_share_distilled": self.distilled}
                 self.log.write({"kind": "diagnostics", "phase": "pretrain" if report.env_steps == 0 else "online", **at, **report.diagnostics, **shares})
@@ -173,17 +220,26 @@ class Session:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
+    def save(self) -> Path:
         """A checkpoint of everything, after the rows of what it holds."""
-        if self.system is None:
-            return
         if self.pending:
             self.write_train_row()
         folder = begin(self.folder.checkpoints)
         counters = {"phase": self.phase, **self.system.save(folder), "next_eval": self.next_eval, "phase_s": self.seconds_by_phase()}
-        commit(folder, counters, self.cfg.log.keep_checkpoints)
+        final = commit(folder, counters, self.cfg.log.keep_checkpoints)
         self.saved_at = time.monotonic()
         self.write_timings()
+        return final
+
+    def stopped(self) -> None:
+        """Save what training has not saved yet, and say how the run goes on."""
+        if self.system is not None and self.phase in ("pretrain", "online"):
+            self.save()
+        self.stop.saved()
+        self.progress.finish("stopped")
+        where = "" if self.cfg.run_dir else f" run_dir={shlex.quote(str(self.folder.path))}"
+        at = f"{self.status.env_steps:,} environment steps and {self.status.updates:,} updates"
+        print(f"stopped at {at}; the same command resumes: {command_line()}{where}", flush=True)
 
     def enter(self, phase: str) -> None:
         """The run goes over to a phase: what comes next, and a checkpoint that says so."""

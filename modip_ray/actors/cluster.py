@@ -87,11 +87,11 @@ class Cluster:
         self.cfg, self.folder = cfg, None
         self.own = not ray.is_initialized()
         self.private = self.own and cfg.resources.ray_address == "local"                       # one machine: nothing need listen beyond it
-        if self.own:
-            self.start()
         try:
+            if self.own:
+                self.start()
             self.check()
-        except ConfigError:
+        except BaseException:                                                                  # also Ctrl-C while it starts
             self.close()
             raise
 
@@ -139,8 +139,8 @@ class Cluster:
         return max(1, os.cpu_count() or 1) if self.cfg.resources.ray_address == "local" else max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def close(self) -> None:
-        if self.own and ray.is_initialized():
-            ray.shutdown()
+        if self.own:
+            ray.shutdown()                                                                     # also one that has only half started
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None

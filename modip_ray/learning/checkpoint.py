@@ -25,7 +25,8 @@ from safetensors.numpy import load_file, save_file
 State = dict[str, np.ndarray]
 DONE, COUNTERS = "done", "counters.json"
 FORMAT = 2
-PARTIAL = ".partial"
+PARTIAL, BEST = ".partial", "best_"
+ACTING = ("learner_", "bc", COUNTERS)    # what a checkpoint's files that acting needs begin with
 
 
 class CheckpointError(RuntimeError):
@@ -80,9 +81,9 @@ def name_of(env_steps: int, updates: int) -> str:
     return f"step_{env_steps:09d}_u{updates:07d}"
 
 
-def begin(root: Path) -> Path:
+def begin(root: Path, name: str = PARTIAL) -> Path:
     """An empty folder to write components into; it is no checkpoint before `commit`."""
-    folder = root / PARTIAL
+    folder = root / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -106,6 +107,43 @@ def seal(folder: Path, counters: Mapping[str, Any], final: Path) -> None:
     write_synced(folder / DONE, json.dumps({"format": FORMAT, "files": sums}, indent=1))
     os.replace(folder, final)
     sync(final.parent)
+
+
+def stage_best(checkpoint: Path) -> Path:
+    """Copy what acting needs (not the replay) of a checkpoint that may prove the best; `commit_best` keeps it."""
+    folder = begin(checkpoint.parent, ".candidate")
+    for path in checkpoint.iterdir():
+        if path.name.startswith(ACTING):
+            shutil.copyfile(path, folder / path.name)
+            sync(folder / path.name)
+    return folder
+
+
+def commit_best(folder: Path, score: float) -> Path:
+    """Keep a staged checkpoint as the best one, in place of the one before."""
+    counters = json.loads((folder / COUNTERS).read_text())
+    final = folder.with_name(f"{BEST}{name_of(counters['env_steps'], counters['updates'])}")
+    before = [p for p in folder.parent.glob(f"{BEST}*") if p != final]
+    shutil.rmtree(final, ignore_errors=True)
+    seal(folder, counters | {"score": score}, final)
+    for path in before:
+        shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def best(root: Path) -> Checkpoint | None:
+    """The best checkpoint by its periodic evaluation (log.keep_best), for acting only; None where there is none. CheckpointError when it is damaged."""
+    found = [verified(path) for path in root.glob(f"{BEST}*")]
+    return max(found, key=lambda c: c.counters["score"], default=None)
+
+
+def best_score(root: Path) -> float:
+    """Score of the best checkpoint so far; -inf where there is none that can be read."""
+    try:
+        found = best(root)
+    except CheckpointError:
+        return float("-inf")
+    return float("-inf") if found is None else found.counters["score"]
 
 
 def folders(root: Path) -> list[Path]:
