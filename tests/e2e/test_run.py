@@ -99,18 +99,6 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
     assert third.returncode == 0 and "MPC" in third.stdout and "evaluate" not in third.stderr, "a finished run only prints its table again"
 
 
-@SYSTEMS
-def test_sigterm_saves_and_says_how_to_resume(tmp_path, data, serial):
-    run = tmp_path / "run"
-    args = command(run, data, serial=serial, pretrain__updates=100_000, log__checkpoint_every_s=1000.0)
-    process = start_and_wait(args, lambda: (run / "metrics.jsonl").exists() and any(row.get("updates", 0) > 0 for row in read_metrics(run)), tmp_path / "log")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(240) == 0
-    log = (tmp_path / "log").read_text()
-    assert f"run_dir={run}" in log and "Traceback" not in log
-    assert newest(run / "checkpoints").counters["updates"] > 0
-
-
 def test_a_serial_run_is_a_function_of_its_seed_and_of_nothing_else(tmp_path, data):
     """Evaluations in the middle, and a stop with a resume in the offline phase, change nothing."""
     plain = train(small(tmp_path / "plain", data, serial=True, eval__every_steps=0))

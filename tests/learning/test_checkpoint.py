@@ -5,7 +5,21 @@ import pytest
 import torch
 
 from modip_ray.learning.build import agent_of, build_spec
-from modip_ray.learning.checkpoint import CheckpointError, as_bytes, begin, commit, folders, newest, read_state, sha256, write_state
+from modip_ray.learning.checkpoint import (
+    CheckpointError,
+    as_bytes,
+    begin,
+    best,
+    best_score,
+    commit,
+    commit_best,
+    folders,
+    newest,
+    read_state,
+    sha256,
+    stage_best,
+    write_state,
+)
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.replay_server import build_replay
 from modip_ray.learning.updater import Updater, learner_state, load_learner
@@ -98,6 +112,23 @@ def test_the_same_counters_saved_again_never_leave_a_moment_without_a_checkpoint
     first = save(tmp_path, 10, keep=1)
     second = save(tmp_path, 10, keep=1)
     assert first != second and folders(tmp_path) == [second] and newest(tmp_path).path == second
+
+
+def test_the_best_is_kept_without_its_replay_and_gives_way_to_a_better_one_only(tmp_path):
+    assert best(tmp_path) is None and best_score(tmp_path) == float("-inf")
+    for steps, score in ((10, 5.0), (20, 3.0), (30, 7.0)):
+        folder = begin(tmp_path)
+        for component in ("learner_model", "learner_policy", "bc", "replay"):
+            write_state(folder, component, {"x": np.full(3, steps, np.float32)})
+        staged = stage_best(commit(folder, {"env_steps": steps, "updates": 0}, keep=1))
+        if score > best_score(tmp_path):
+            commit_best(staged, score)
+        found = best(tmp_path)
+        assert (found.counters["env_steps"], found.counters["score"]) == ((10, 5.0) if steps < 30 else (30, 7.0))
+        assert found.has("learner_policy") and found.has("bc") and not found.has("replay")
+    assert len(list(tmp_path.glob("best_*"))) == 1 and [newest(tmp_path).path] == folders(tmp_path)
+    (found.path / "bc.safetensors").unlink()
+    assert best_score(tmp_path) == float("-inf")
 
 
 def test_a_writer_sets_damaged_ones_aside_so_that_they_do_not_count_as_kept(tmp_path):
