@@ -31,7 +31,7 @@ def check_driver(trial: Trial) -> None:
             resumed += came_back(run, kill + 1)
             at = run.rows("resume")[-1]
             trial.demand(all(at[k] >= counters[-1][k] for k in COUNTERS if k in at), f"resume {kill + 1} began at {at}, the checkpoint was at {counters[-1]}")
-            first = run.wait("counters", lambda: [row for row in after_last_resume(run) if row["kind"] == "system" and row["phase"] == "online"])[0]
+            first = run.fresh("system")[0]
             trial.demand(first["env_steps"] >= stored.transitions, f"resume {kill + 1}: {first['env_steps']} steps, {stored.transitions} were journalled")
             acknowledged = max(acknowledged, stored.acknowledged)
         begun = run.position()["env_steps"]
@@ -72,14 +72,9 @@ def partial_folders(path: Path) -> list[str]:
 
 
 def came_back(run: Run, resumes: int) -> bool:
-    """The run says that it resumed, and goes on collecting."""
+    """The run says that it resumed, and it counts on."""
     try:
-        run.wait(f"resume {resumes}", lambda: len(run.rows("resume")) >= resumes)
+        run.wait(f"resume {resumes}", lambda: len(run.rows("resume")) >= resumes and run.fresh("system"))
         return True
     except ChaosError:
         return False
-
-
-def after_last_resume(run: Run) -> list[dict]:
-    rows = run.rows()
-    return rows[max(i for i, row in enumerate(rows) if row["kind"] == "resume"):]

@@ -27,7 +27,7 @@ START_S = 180.0                                         # longest wait for a run
 CALM = {"log.every_s": 0.5, "log.tensorboard": False, "log.ray_metrics": False, "eval.every_steps": 0, "log.checkpoint_every_s": 1e6}
 DEMO = CALM | {"data.transitions": 20_000, "pretrain.updates": 400, "pretrain.policy_updates": 400, "online.env_steps": 1_000_000,
                "online.min_online": 500}
-POINT = SMALL | CALM | {"online.env_steps": 1_000_000, "replay.capacity": 20_000, "resources.call_timeout_s": 60.0}
+POINT = SMALL | CALM | {"online.env_steps": 1_000_000, "replay.capacity": 20_000}
 
 
 class ChaosError(AssertionError):
@@ -74,6 +74,7 @@ class Run:
         self.process: subprocess.Popen | None = None
         self.killed: list[tuple[float, list[psutil.Process]]] = []      # when, and what ran then
         self.drivers: list[int] = []                    # process ids of all drivers so far
+        self.earlier = 0                                # rows that earlier drivers wrote
 
     @property
     def command(self) -> list[str]:
@@ -81,6 +82,7 @@ class Run:
 
     def start(self) -> Run:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.earlier = len(self.rows())
         with open(self.output, "a") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "modip_ray", *self.command], cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL,
                                             stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -110,14 +112,18 @@ class Run:
             return []
         return [row for row in rows if not kinds or row["kind"] in kinds]
 
+    def fresh(self, *kinds: str) -> list[dict]:
+        """Those rows that the newest driver wrote."""
+        return [row for row in self.rows()[self.earlier:] if not kinds or row["kind"] in kinds]
+
     def position(self) -> dict[str, int]:
-        """The newest counters."""
-        rows = self.rows("system")
+        """The newest counters; zeros where the newest driver has written none yet."""
+        rows = self.fresh("system")
         return {key: int(rows[-1][key]) if rows else 0 for key in ("env_steps", "updates", "policy_updates")}
 
     def gauge(self, name: str) -> float:
         """The newest value of a gauge; 0 where no row has it yet."""
-        return next((float(row[name]) for row in reversed(self.rows("system")) if row.get(name) is not None), 0.0)
+        return next((float(row[name]) for row in reversed(self.fresh("system")) if row.get(name) is not None), 0.0)
 
     def incidents(self) -> list[str]:
         return [row["text"] for row in self.rows("incident")]
@@ -166,6 +172,15 @@ class Run:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
             raise ChaosError(f"did not stop within {timeout_s:g} s of SIGTERM: {self.tail()}") from error
+
+    def finish(self, timeout_s: float = 600.0) -> None:
+        """Let it come to its end."""
+        try:
+            status = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise ChaosError(f"did not end within {timeout_s:g} s: {self.tail()}") from error
+        if status:
+            raise ChaosError(f"ended with exit status {status}: {self.tail()}")
 
     def kill_driver(self) -> None:
         """SIGKILL for the driver alone. What it had started is left to itself; `leavings` says how long that took."""

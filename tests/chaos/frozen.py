@@ -1,0 +1,42 @@
+"""SIGSTOP instead of SIGKILL: a process that lives but says nothing is noticed, replaced, and not listened to when it comes to itself."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from tests.chaos.harness import Run, Trial, hurt
+from tests.chaos.ledger import Ledger
+
+ROLES = ("rollout", "planner", "learner_model", "replay")
+FOR_GOOD = "learner_model"          # never woken: the kill must reach a stopped process
+
+
+def check_frozen(trial: Trial) -> None:
+    silent, times = trial.pick(5.0, 15.0), trial.pick(1, 3)
+    run = trial.point("run", log__audit=True, resources__silent_s=silent)
+    replaced = {role: [] for role in ROLES}
+    with run, Ledger(run.path) as ledger:
+        run.wait_for_steps(300)
+        for role in trial.rng.sample(ROLES * times, len(ROLES) * times):
+            replaced[role].append(round(freeze(run, trial, role), 1))
+            run.wait_for_steps(run.position()["env_steps"] + 100)
+        run.watch(2.0)                                                              # for late answers
+        status = run.stop()
+        audit = ledger.check(trial)
+    trial.figures |= {"silent_s": silent, "frozen": times * len(ROLES), "slowest_s": max(max(s) for s in replaced.values()), "replaced_after_s": replaced,
+                      "late_stored": len(audit.late), "retired": audit.retired, "incidents": run.incidents()}
+    trial.demand(audit.retired >= times, f"{times} workers were frozen, {audit.retired} incarnations are retired in the journal")
+    trial.demand(status == 0 and not run.rows("resume"), f"exit status {status}, {len(run.rows('resume'))} restarts of the job")
+
+
+def freeze(run: Run, trial: Trial, role: str) -> float:
+    """Stop one of the role's processes, wake it as soon as it is given up; seconds until another one has taken its place."""
+    pids = run.wait(f"the {role}", lambda: run.processes().get(role))
+    pid, begun, told = trial.rng.choice(pids), time.monotonic(), len(run.incidents())
+    hurt(pid, signal.SIGSTOP)
+    if role != FOR_GOOD:
+        run.wait(f"the frozen {role} to be noticed", lambda: len(run.incidents()) > told or pid not in run.processes().get(role, [pid]))
+        hurt(pid, signal.SIGCONT)
+    run.wait(f"another {role} than {pid}", lambda: (now := run.processes().get(role, [])) and len(now) == len(pids) and pid not in now)
+    return time.monotonic() - begun

@@ -1,0 +1,49 @@
+"""kill -9 of the roles that hold state, one after another at random moments: each serves again by itself, and nothing that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import time
+
+from tests.chaos.harness import Run, Trial, hurt
+from tests.chaos.ledger import Ledger
+
+ROLES = ("planner", "learner_model", "learner_policy", "replay", "evaluator", "store")
+SERVES_WITHIN_S = 20.0
+PROGRESS = {"planner": "env_steps", "replay": "env_steps", "learner_model": "updates", "learner_policy": "policy_updates"}
+
+
+def check_roles(trial: Trial) -> None:
+    """The demo, with evaluations beside the training. Serving again: its new process has answered; and the counter that it drives rises again."""
+    times = trial.pick(1, 5)
+    run = trial.demo("run", log__audit=True, eval__every_steps=300, eval__every_episodes=1, task__max_episode_steps=200)
+    served = {role: [] for role in ROLES}
+    with run, Ledger(run.path) as ledger:
+        run.wait_for_steps(600)
+        for role in trial.rng.sample(ROLES * times, len(ROLES) * times):
+            run.watch(trial.rng.uniform(0.0, 3.0))
+            served[role].append(round(kill(run, role), 1))
+        evaluations = len(run.rows("eval"))
+        run.wait("an evaluation after the last kill", lambda: len(run.rows("eval")) > evaluations)
+        status = run.stop()
+        ledger.check(trial)
+    slowest = {role: max(seconds) for role, seconds in served.items()}
+    trial.figures |= {"kills": times * len(ROLES), "slowest_s": max(slowest.values()), "serves_again_s": served, "job_restarts": len(run.rows("resume")),
+                      "incidents": run.incidents()}
+    for role, seconds in slowest.items():
+        trial.demand(seconds <= SERVES_WITHIN_S, f"{role} served again after {seconds:g} s, allowed are {SERVES_WITHIN_S:g}")
+        restarts = run.gauge(f"{role}/restarts")
+        trial.demand(restarts == times, f"{role} was killed {times} times, {restarts:g} restarts are counted")
+    trial.demand(status == 0 and not run.rows("resume"), f"exit status {status}, {len(run.rows('resume'))} restarts of the job")
+
+
+def kill(run: Run, role: str) -> float:
+    """SIGKILL for the role's process; seconds until a new one serves and works."""
+    (pid,) = run.wait(f"the {role}", lambda: run.processes().get(role))
+    counter = PROGRESS.get(role)
+    at, begun = run.position(), time.monotonic()
+    hurt(pid)
+    run.wait(f"another {role} than {pid}", lambda: pid not in run.processes().get(role, [pid]))
+    answered, ahead = time.monotonic() - begun, run.position()
+    if counter is not None:
+        run.wait(f"{counter} to rise after the {role} was killed", lambda: run.position()[counter] > max(at[counter], ahead[counter]))
+    return answered if counter is None else time.monotonic() - begun
