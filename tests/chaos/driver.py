@@ -6,42 +6,42 @@ import time
 from pathlib import Path
 
 from modip_ray.learning.checkpoint import newest
-from tests.chaos.harness import ChaosError, Run, Trial
+from tests.chaos.harness import Run, Trial
 from tests.chaos.ledger import Ledger
 
 COUNTERS = ("env_steps", "updates", "policy_updates")
 
 
 def check_driver(trial: Trial) -> None:
-    """Every second kill falls into a checkpoint write, the others anywhere from the start of the process on."""
-    kills, resumed, inside = trial.pick(4, 20), 0, 0
+    """In turn: anywhere in the online phase, inside a checkpoint write, and while the run is still starting."""
+    kills, resumed, inside = trial.pick(3, 20), 0, 0
     run = trial.point("run", log__checkpoint_every_s=0.5, log__audit=True, log__keep_checkpoints=2)
-    counters, acknowledged = [dict.fromkeys(COUNTERS, 0)], 0
+    counters = [dict.fromkeys(COUNTERS, 0)]
     with run, Ledger(run.path) as ledger:
         run.wait("a checkpoint of the online phase", lambda: saved(run)["env_steps"] > 0)
         for kill in range(kills):
-            if kill % 2:
+            if kill % 3 == 0:
+                time.sleep(trial.rng.uniform(0.0, 3.0))
+            elif kill % 3 == 1:
                 inside += wait_for_a_write(run)
             else:
-                time.sleep(trial.rng.uniform(0.0, 3.0))
+                run.kill_driver()
+                run.start()
+                time.sleep(trial.rng.uniform(0.0, 8.0))
             run.kill_driver()
-            counters.append(saved(run))
             stored = ledger.audit()
+            counters.append(saved(run))
             run.start()
-            resumed += came_back(run, kill + 1)
-            at = run.rows("resume")[-1]
-            trial.demand(all(at[k] >= counters[-1][k] for k in COUNTERS if k in at), f"resume {kill + 1} began at {at}, the checkpoint was at {counters[-1]}")
-            first = run.fresh("system")[0]
-            trial.demand(first["env_steps"] >= stored.transitions, f"resume {kill + 1}: {first['env_steps']} steps, {stored.transitions} were journalled")
-            acknowledged = max(acknowledged, stored.acknowledged)
-        begun = run.position()["env_steps"]
-        run.wait_for_steps(begun + 200)
+            first = came_back(run)
+            trial.demand(all(first[k] >= counters[-1][k] for k in COUNTERS), f"went on at {first}, the checkpoint was at {counters[-1]}")
+            trial.demand(first["env_steps"] >= stored.transitions, f"{first['env_steps']} steps after a resume, {stored.transitions} were in the journal")
+            resumed += 1
+        run.wait_for_steps(run.position()["env_steps"] + 200)
         left = run.leavings()
         status = run.stop()
         ledger.check(trial)
     falls = [k for k in COUNTERS for a, b in zip(counters, counters[1:], strict=False) if b[k] < a[k]]
     trial.figures |= {"kills": kills, "inside_a_write": inside, "resumed": resumed, "checkpoint_counters": [list(c.values()) for c in counters[1:]]}
-    trial.demand(resumed == kills, f"{resumed} of {kills} resumed")
     trial.demand(inside > 0, "no kill fell into a checkpoint write")
     trial.demand(not falls, f"counters fell from one checkpoint to a later one: {falls}")
     trial.demand(not left, f"60 s after the last kill -9 these processes of killed drivers still run: {left}")
@@ -71,10 +71,7 @@ def partial_folders(path: Path) -> list[str]:
         return []
 
 
-def came_back(run: Run, resumes: int) -> bool:
-    """The run says that it resumed, and it counts on."""
-    try:
-        run.wait(f"resume {resumes}", lambda: len(run.rows("resume")) >= resumes and run.fresh("system"))
-        return True
-    except ChaosError:
-        return False
+def came_back(run: Run) -> dict[str, int]:
+    """The first counters after a resume; ChaosError where the run ends instead."""
+    run.wait("the run to resume", lambda: run.fresh("resume") and run.fresh("system"))
+    return {key: int(run.fresh("system")[0][key]) for key in COUNTERS}
