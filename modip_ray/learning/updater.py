@@ -124,6 +124,7 @@ def learner_state(learner: Learner, streams: Iterable[Stream] = STREAMS) -> dict
     parts: dict[Stream, State] = {s: {k: v.copy() for k, v in arrays.items() if part_of(k) == s} for s in streams}
     for s, part in parts.items():
         part["updates"] = np.array(learner.updates if s == "model" else learner.policy_updates)
+        part["guard"] = learner.guards[s].recent.cpu().numpy().copy()
     return parts
 
 
@@ -139,6 +140,8 @@ def load_learner(learner: Learner, stream: Stream, state: Mapping[str, np.ndarra
     for name, opt in learner.optimizers().items():
         if part_of(f"{name}.") == stream:
             opt.load_state_dict({"state": moments(state, name), "param_groups": opt.state_dict()["param_groups"]})
+    if "guard" in state:                                                            # not in older checkpoints
+        learner.guards[stream].recent.copy_(torch.from_numpy(np.array(state["guard"])))
     if stream == "model":
         learner.updates = int(state["updates"])
     else:

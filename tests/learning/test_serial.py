@@ -73,7 +73,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, env):
     assert found == plain and opened > 0 and any("loss/value" in s.metrics for s in plain[-3:]) and any(s.returns for s in plain)
     a, b = weights(straight), weights(system)
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
-    x, y = straight.replay.state(), system.replay.state()
+    x, y = (s.replay.replay.online.rows(0, s.replay.env_steps) for s in (straight, system))
     assert all(np.array_equal(x[k], y[k], equal_nan=x[k].dtype.kind == "f") for k in x)
 
 
