@@ -1,4 +1,4 @@
-"""The command line: train, eval, collect, data, export, serve, jobs, tune, status, report, bench. Errors that a user can mend print one line, exit code 2."""
+"""The command line: train, eval, data, export, submit, jobs, tune, study, status, report, bench ... Errors that a user can mend: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modip_ray import __version__, data_cli, export_cli, jobs_cli, status_cli, tune_cli
+from modip_ray import __version__, data_cli, export_cli, jobs_cli, status_cli, study_cli, tune_cli
 from modip_ray.config import Config, ConfigError, load, parse_override
 
 
@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     jobs_cli.add_parsers(commands)
     status_cli.add_parser(commands)
     tune_cli.add_parsers(commands)
+    study_cli.add_parser(commands)
 
     p = command(commands, "report", run_report, "write report/index.html of one or more runs")
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")

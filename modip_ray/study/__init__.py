@@ -1,0 +1,1 @@
+"""Methods x tasks x seeds, each a resumable run, and the tables and curves they come to."""

@@ -1,0 +1,122 @@
+"""The driver of `modip study`: every cell is the ordinary train command, what is done is skipped, what was cut off goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from modip_ray.learning.checkpoint import write_synced
+from modip_ray.learning.evaluation import MODES
+from modip_ray.report.scores import duration, number
+from modip_ray.runfolder import RunError, check_same, read_summary, saved_config_tree
+from modip_ray.session import StopSignals
+from modip_ray.study.spec import Cell, Study
+from modip_ray.study.table import write_results
+
+POLL_S = 0.5
+
+
+@dataclass
+class Running:
+    cell: Cell
+    process: subprocess.Popen
+    began: float
+
+
+def run_study(study: Study) -> dict[str, Any] | None:
+    """Run, or go on running; returns what results.json holds, None where it was stopped. RunError at the end names the runs that failed."""
+    cells = study.cells()
+    for cell in cells:
+        earlier = saved_config_tree(cell.folder)
+        if earlier is not None:
+            check_same(earlier, cell.cfg, cell.folder)
+    with opened(study), StopSignals() as stop:
+        todo = [c for c in cells if not finished(c)]
+        print(f"study {study.folder}: {len(cells)} runs, {len(cells) - len(todo)} done", flush=True)
+        failed = run_cells(todo, study.at_once, stop)
+        found = write_results(study)
+        if stop.asked:
+            print(f"stopped; the same command goes on: modip study ... out={study.out}")
+            return None
+    if failed:
+        raise RunError(f"{len(failed)} of {len(cells)} runs failed: {', '.join(c.name for c in failed)}; see their log.txt (the same command tries them again)")
+    return found
+
+
+def finished(cell: Cell) -> bool:
+    """Its very settings have come to a summary."""
+    summary = read_summary(cell.folder)
+    return summary is not None and summary.get("config_hash") == cell.cfg.hash()
+
+
+def run_cells(todo: Sequence[Cell], at_once: int, stop: StopSignals) -> list[Cell]:
+    """Run them, at most `at_once` at a time; returns those that failed, or could not begin as their start failed. A stop lets each save and exit."""
+    waiting, running, failed = list(todo), [], []
+    while running or waiting:
+        if stop.asked:
+            waiting = []
+            for one in running:
+                one.process.send_signal(signal.SIGTERM)
+                one.process.wait()
+        for one in [r for r in running if r.process.poll() is not None]:
+            running.remove(one)
+            if not note(one, stop.asked):
+                failed.append(one.cell)
+        failed += [c for c in waiting if c.start in failed]
+        waiting = [c for c in waiting if c not in failed]
+        ready = [c for c in waiting if c.start is None or finished(c.start)]
+        if ready and len(running) < at_once:
+            waiting.remove(ready[0])
+            running.append(launched(ready[0]))
+        elif running:
+            time.sleep(POLL_S)
+    return failed
+
+
+def launched(cell: Cell) -> Running:
+    """`modip train` with the cell's settings, as a file in its folder; what it prints goes to log.txt there."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    settings = cell.folder / "settings.yaml"
+    write_synced(settings, cell.cfg.dump())
+    print(f"{time.strftime('%H:%M')} {cell.name}", flush=True)
+    with open(cell.folder / "log.txt", "a") as log:
+        process = subprocess.Popen([sys.executable, "-m", "modip_ray", "train", "--config", str(settings)], stdout=log, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+    return Running(cell, process, time.monotonic())
+
+
+def note(one: Running, stopped: bool) -> bool:
+    """Say how a run ended; False for one that failed."""
+    head, took = f"{time.strftime('%H:%M')} {one.cell.name}", duration(time.monotonic() - one.began)
+    if finished(one.cell):
+        scores = read_summary(one.cell.folder)["scores"]
+        shown = ", ".join(f"{mode} {number(scores[mode]['mean'])}" for mode in MODES)
+        print(f"{head} done in {took}: {shown}", flush=True)
+    elif stopped and one.process.returncode == 0:
+        print(f"{head} stopped after {took}", flush=True)
+    else:
+        lines = (one.cell.folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["(nothing was printed)"]
+        print(f"{head} FAILED with exit code {one.process.returncode} after {took}: {lines[-1]}", flush=True)
+        return False
+    return True
+
+
+@contextmanager
+def opened(study: Study) -> Iterator[None]:
+    """The study's folder for this process alone."""
+    folder = study.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{folder}: another process runs the study in this folder; wait for it, stop it, or give another out=...") from error
+        write_synced(folder / "study.yaml", study.dump())
+        yield

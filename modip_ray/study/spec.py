@@ -1,0 +1,132 @@
+"""A study file (configs/studies/*.yaml): which methods are compared on which tasks with which seeds. Data only, strict like config.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modip_ray.config import Config, ConfigError, config_dir, load, nearest, parse_scalar, read_yaml, task_names, typed
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+START = "start"                     # the method that only pre-trains
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study. `start`: the run whose pre-training it goes on from, as far as its settings agree with that one's (pretrain.start)."""
+
+    task: str
+    method: str
+    seed: int
+    folder: Path
+    cfg: Config
+    start: Cell | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.method}/seed_{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study. Settings are dotted, as on the command line; where two say the same field, the later of settings, tasks, methods counts.
+
+    tasks   : {name in configs/tasks: settings}
+    methods : {name: settings}; the first one is the study's own, the others are compared with it
+    """
+
+    out: str | None = None
+    tasks: dict = field(default_factory=dict)
+    methods: dict = field(default_factory=dict)
+    seeds: list = field(default_factory=lambda: [0, 1, 2])
+    settings: dict = field(default_factory=dict)
+    #: Runs at a time on this machine; each is a train command of its own, with its own Ray.
+    at_once: int = 1
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.out))
+
+    def cells(self) -> list[Cell]:
+        """Every run, those first that others go on from. ConfigError names the run whose settings are not valid."""
+        found = []
+        for task in self.tasks:
+            for seed in self.seeds:
+                start = self.cell(task, START, seed)
+                found += [start, *(self.cell(task, method, seed, start) for method in self.methods)]
+        return found
+
+    def cell(self, task: str, method: str, seed: int, start: Cell | None = None) -> Cell:
+        folder = self.folder / task / method / f"seed_{seed}"
+        own = {"online.env_steps": 0, "eval.episodes": 1} if start is None else {**self.methods[method], "pretrain.start": str(start.folder)}
+        try:
+            cfg = load(None, [f"task={task}"]).replace({**self.settings, **self.tasks[task], **own, "seed": seed, "run_dir": str(folder)})
+        except ConfigError as error:
+            raise ConfigError(f"task {task}, method {method}: {error}") from error
+        return Cell(task, method, seed, folder, cfg, start)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def dump(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load_study(file: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """A study file with key=value on top: seeds='[0, 1]', settings.online.env_steps=30000, methods.modip.guard.trust=0.1."""
+    path = find_study(file)
+    tree = read_yaml(path)
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        head, *rest = key.split(".", 2 if key.startswith(("tasks.", "methods.")) else 1)
+        if not sep or not head or (rest and head not in ("settings", "tasks", "methods")):
+            raise ConfigError(f"override {item!r} is not of the form key=value, settings.KEY=value, tasks.TASK.KEY=value or methods.METHOD.KEY=value")
+        level = tree
+        for name in (head, *rest)[:-1]:
+            level[name] = dict(level.get(name) or {})
+            level = level[name]
+        level[(head, *rest)[-1]] = parse_scalar(text)
+    return build_study(tree, str(path), path.stem)
+
+
+def find_study(file: str | Path) -> Path:
+    """A path as given, or the name of a file under configs/studies."""
+    folder = config_dir() / "studies"
+    for path in (Path(file), folder / file, folder / f"{file}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise ConfigError(f"no study {str(file)!r}{nearest(Path(file).stem, names)}: not a file, and {folder} holds {', '.join(names)}")
+
+
+def build_study(tree: Mapping[str, Any], source: str, name: str) -> Study:
+    """Types and names checked; `name`: the folder's name where the file gives none."""
+    study = typed(Study, {**Study().to_dict(), **tree}, "")
+    study = dataclasses.replace(study, out=study.out or f"runs/studies/{name}", tasks={t: s or {} for t, s in study.tasks.items()},
+                                methods={m: s or {} for m, s in study.methods.items()})
+    for group, known in (("tasks", task_names()), ("methods", None)):
+        entries = getattr(study, group)
+        if not entries:
+            raise ConfigError(f"{source}: {group}: names none; at least one is needed")
+        for key, settings in entries.items():
+            if known is not None and key not in known:
+                raise ConfigError(f"{source}: {group}: unknown task {key!r}{nearest(str(key), known)}")
+            if not NAME.fullmatch(str(key)) or key == START:
+                raise ConfigError(f"{source}: {group}: got the name {key!r}; names become folders: letters, digits, '_', '.', '-', and not {START!r}")
+            if not isinstance(settings, Mapping):
+                raise ConfigError(f"{source}: {group}.{key}: got {settings!r}, expected a mapping of dotted settings, e.g. {{planner.iterations: 0}}")
+    if not study.seeds or len(set(study.seeds)) != len(study.seeds) or not all(isinstance(s, int) and s >= 0 for s in study.seeds):
+        raise ConfigError(f"{source}: seeds: got {study.seeds!r}, expected a list of different whole numbers, e.g. [0, 1, 2]")
+    if study.at_once < 1:
+        raise ConfigError(f"{source}: at_once: got {study.at_once}, must be at least 1")
+    for key in ("run_dir", "seed", "task", "pretrain.start"):
+        for group in (study.settings, *study.tasks.values(), *study.methods.values()):
+            if key in group:
+                raise ConfigError(f"{source}: {key} is set by the study itself; remove it")
+    return study

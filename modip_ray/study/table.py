@@ -1,0 +1,136 @@
+"""What a study comes to, from its runs' files: results.json, results.md and curves. Means are over training seeds and evaluation episodes; nothing is rerun.
+
+Intervals: of one task, a bootstrap that draws training seeds and then episodes within each; over tasks, rliable's interquartile mean with its
+stratified bootstrap over training seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from modip_ray.learning.checkpoint import write_synced
+from modip_ray.learning.evaluation import MODES
+from modip_ray.report.published import NOTE, published_for
+from modip_ray.report.scores import ROWS, duration, interval, number
+from modip_ray.runfolder import command_line, git_commit, machine, read_summary, versions
+from modip_ray.study.spec import Study
+from modip_ray.tasks.scores import normalized_score
+
+RESAMPLES = 5_000
+
+
+def nested_ci(groups: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> list[float]:
+    """95 % percentile interval of the mean of the groups' means, where groups are drawn first, then values within each. groups: an array a training seed."""
+    rng, n = np.random.default_rng(seed), len(groups)
+    means = np.stack([g[rng.integers(0, len(g), (resamples, len(g)))].mean(1) for g in groups], 1)   # (resamples, seeds)
+    picked = np.take_along_axis(means, rng.integers(0, n, (resamples, n)), 1)
+    return [float(x) for x in np.percentile(picked.mean(1), [2.5, 97.5])]
+
+
+def joined(scores: Sequence[Mapping[str, Any]], family: str | None) -> dict[str, Any]:
+    """One mode's scores of several training seeds as one entry of results.json."""
+    groups, returns = [np.array(s["values"]) for s in scores], [np.array(s["returns"]) for s in scores]
+    mean_return = float(np.mean([r.mean() for r in returns]))
+    return {"mean": float(np.mean([g.mean() for g in groups])), "ci95": nested_ci(groups), "episodes": sum(map(len, groups)), "seeds": len(groups),
+            "by_seed": [float(g.mean()) for g in groups], "normalized": normalized_score(family, mean_return),
+            "normalized_by_seed": [normalized_score(family, float(r.mean())) for r in returns]}
+
+
+def paired(ours: Sequence[Mapping[str, Any]], bc: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Difference to BC over the same evaluation seeds of the same training seeds."""
+    groups = [np.array(a["values"]) - np.array(b["values"]) for a, b in zip(ours, bc, strict=True)]
+    base = float(np.mean([np.mean(b["values"]) for b in bc]))
+    mean = float(np.mean([g.mean() for g in groups]))
+    return {"mean": mean, "ci95": nested_ci(groups), "share": mean / base if base else None}
+
+
+def task_results(study: Study, task: str, method: str) -> dict[str, Any] | None:
+    """Of all training seeds that are done; None where none is."""
+    done = [s for seed in study.seeds if (s := read_summary(study.folder / task / method / f"seed_{seed}")) is not None]
+    if not done:
+        return None
+    family = study.cell(task, method, study.seeds[0], None if method == "start" else study.cell(task, "start", study.seeds[0])).cfg.task.family
+    scores = {name: [s["scores"][name] for s in done] for name in ("data", *MODES)}
+    found = {name: joined(s, family) for name, s in scores.items()}
+    return {**found, "metric": done[0]["scores"]["bc"]["metric"], "env_steps": min(s["env_steps"] for s in done), "updates": min(s["updates"] for s in done),
+            "wall_s": float(np.mean([s["wall_s"] for s in done])), "seeds_done": len(done), "seeds_wanted": len(study.seeds),
+            "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in ("policy", "mpc")}, "git": sorted({s["git"] for s in done})}
+
+
+def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Interquartile mean of normalised scores over all tasks that every method has with equally many seeds: {method: {mode: {iqm, ci95}}}."""
+    from rliable import library, metrics
+    shared = [t for t in next(iter(methods.values()), {}) if all(t in m and m[t]["bc"]["normalized"] is not None for m in methods.values())]
+    seeds = {m[t]["seeds_done"] for m in methods.values() for t in shared}
+    if not shared or len(seeds) != 1:
+        return {}
+    matrices = {f"{name} {mode}": np.array([m[t][mode]["normalized_by_seed"] for t in shared]).T for name, m in methods.items() for mode in MODES}
+    points, bands = library.get_interval_estimates(matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=2_000, random_state=np.random.RandomState(0))
+    return {name: {mode: {"iqm": float(points[f"{name} {mode}"][0]), "ci95": bands[f"{name} {mode}"][:, 0].tolist(), "tasks": shared} for mode in MODES}
+            for name in methods}
+
+
+def results(study: Study) -> dict[str, Any]:
+    methods = {m: {t: found for t in study.tasks if (found := task_results(study, t, m)) is not None} for m in study.methods}
+    own = next(iter(study.methods))
+    return {"study": study.to_dict(), "tasks": methods[own], "methods": methods, "over_tasks": over_tasks(methods), "command": command_line(),
+            "git": git_commit(), "machine": machine(), "versions": versions()}
+
+
+def write_results(study: Study) -> dict[str, Any]:
+    """results.json, results.md and curves.svg into the study's folder, of whatever is done."""
+    from modip_ray.study.curves import write_curves
+    found = results(study)
+    pictures = write_curves(study)
+    write_synced(study.folder / "results.md", markdown(found, pictures))
+    write_synced(study.folder / "results.json", json.dumps(found, indent=1))
+    print(f"{study.folder / 'results.md'}", flush=True)
+    return found
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------------------------------
+
+def score_cell(entry: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> str:
+    times = f", {entry['mean'] / base['mean']:.2f} x" if base is not None and base["mean"] > 0 else ""
+    return f"{number(entry['mean'])} [{interval(entry['ci95'])}]{times}"
+
+
+def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of one task: a row a method."""
+    have = {m: found[task] for m, found in methods.items() if task in found}
+    if not have:
+        return [f"## {task}", "", "no run is done yet", ""]
+    first = next(iter(have.values()))
+    lines = [f"## {task} ({first['metric']})", "", f"Data: {number(first['data']['mean'])} over {first['data']['episodes']:,} episodes.", "",
+             "| method | BC | DP-only | MPC-acting | DP-only - BC, paired | normalised BC / DP / MPC | env steps | seeds | wall time |", "|" + "---|" * 9]
+    for name, r in have.items():
+        diff = r["against_bc"]["policy"]
+        share = "" if diff["share"] is None else f", {100 * diff['share']:+.1f} %"
+        cells = [name, score_cell(r["bc"]), score_cell(r["policy"], r["bc"]), score_cell(r["mpc"], r["bc"]),
+                 f"{number(diff['mean'])} [{interval(diff['ci95'])}]{share}", " / ".join(number(r[mode]["normalized"]) for mode in MODES),
+                 f"{r['env_steps']:,}", f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    paper = published_for(task)
+    if paper is not None:
+        others = ", ".join(f"{method} {score}" for method, score in paper.others)
+        lines += ["", f"Paper: BC {paper.bc}, MODIP {paper.modip}, {others}."]
+    return [*lines, ""]
+
+
+def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    lines = [f"# Study {found['study']['out']}", "", f"`{found['command']}`, git {found['git'][:12]}, {found['machine']['cpus']} cores", "",
+             f"{ROWS['bc']}: the diffusion policy before fine-tuning; DP-only: the same network after it; MPC-acting: the planner. Mean [95 % interval], times "
+             f"BC. All methods of a training seed go on from the same pre-training and are evaluated on the same seeds. {NOTE}", ""]
+    for task in found["study"]["tasks"]:
+        lines += task_lines(task, found["methods"])
+    if found["over_tasks"]:
+        lines += ["## All tasks", "", "Interquartile mean of normalised scores [95 % interval, stratified bootstrap over training seeds].", "",
+                  "| method | " + " | ".join(ROWS[mode] for mode in MODES) + " |", "|" + "---|" * (1 + len(MODES))]
+        for method, modes in found["over_tasks"].items():
+            lines.append(f"| {method} | " + " | ".join(f"{number(e['iqm'])} [{interval(e['ci95'])}]" for e in modes.values()) + " |")
+        lines.append("")
+    return "\n".join([*lines, *(f"![{name}]({name})" for name in pictures), ""])
