@@ -1,0 +1,137 @@
+"""A study: its file, its tables from finished runs, and a real one on a tiny task."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modip_ray.config import ConfigError
+from modip_ray.study.run import finished, run_study
+from modip_ray.study.spec import build_study, load_study
+from modip_ray.study.table import markdown, nested_ci, results
+from tests.fakes import SMALL, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = "halfcheetah-medium"         # a name of configs/tasks; its settings are replaced by those of the tiny task
+
+
+def study(out: Path, **fields):
+    own = {"out": str(out), "tasks": {TASK: {}}, "methods": {"modip": {}, "no_planner": {"planner.iterations": 0}}, "seeds": [0, 1], "settings": SMALL}
+    return build_study({**own, **fields}, "a test", "tiny")
+
+
+def put_summary(cell, bc: float, policy: float, mpc: float, rng: np.random.Generator) -> None:
+    """A finished run's summary, scores with some spread."""
+    scores = {}
+    for mode, mean in (("data", bc), ("bc", bc), ("policy", policy), ("mpc", mpc)):
+        values = (mean + rng.normal(0, 1, 20)).tolist()
+        scores[mode] = {"metric": "return", "mean": float(np.mean(values)), "ci95": [mean - 1, mean + 1], "episodes": 20, "values": values, "returns": values,
+                        "seeds": list(range(20)), "normalized": None, "also": {}}
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "summary.json").write_text(json.dumps({"task": cell.task, "scores": scores, "env_steps": 400, "updates": 160, "wall_s": 60.0,
+                                                          "config_hash": cell.cfg.hash(), "git": "abc"}))
+
+
+def test_every_seed_has_one_start_that_its_methods_share(tmp_path):
+    cells = study(tmp_path).cells()
+    assert [c.name for c in cells[:3]] == [f"{TASK}/start/seed_0", f"{TASK}/modip/seed_0", f"{TASK}/no_planner/seed_0"] and len(cells) == 6
+    assert cells[1].start is cells[0] and cells[1].cfg.pretrain.start == str(cells[0].folder) and cells[0].cfg.online.env_steps == 0
+    assert cells[2].cfg.planner.iterations == 0 and cells[4].cfg.seed == 1
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"tasks": {"halfcheetah-medum": {}}}, "halfcheetah-medium"),
+    ({"methods": {"start": {}}}, "not 'start'"),
+    ({"methods": {}}, "names none"),
+    ({"methods": {"../x": {}}}, "folders"),
+    ({"seeds": [0, 0]}, "different"),
+    ({"seeds": []}, "different"),
+    ({"settings": {"seed": 3}}, "seed is set by the study itself"),
+    ({"at_once": 0}, "at least 1"),
+    ({"method": {}}, "methods"),
+])
+def test_a_wrong_file_is_named(tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        study(tmp_path, **fields)
+
+
+def test_a_wrong_setting_of_a_method_is_named_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match="method no_planner.*planner.iteration"):
+        study(tmp_path, methods={"modip": {}, "no_planner": {"planner.iteration": 0}}).cells()
+
+
+def test_shipped_studies_load():
+    for path in sorted((ROOT / "configs" / "studies").glob("*.yaml")):
+        loaded = load_study(path.stem, ["seeds=[7]", "methods.modip.guard.trust=0.1", "settings.eval.episodes=3"])
+        assert {c.cfg.eval.episodes for c in loaded.cells() if c.start} == {3} and loaded.methods["modip"]["guard.trust"] == 0.1
+
+
+def test_interval_covers_the_spread_between_seeds():
+    rng = np.random.default_rng(0)
+    alike = [rng.normal(10, 1, 50) for _ in range(3)]
+    apart = [rng.normal(m, 1, 50) for m in (5, 10, 15)]
+    low, high = nested_ci(alike)
+    assert low < 10.1 and high > 9.9 and high - low < 1
+    low, high = nested_ci(apart)
+    assert low < 7 and high > 13
+
+
+def test_tables_of_finished_runs(tmp_path):
+    s, rng = study(tmp_path), np.random.default_rng(0)
+    for cell in s.cells():
+        if cell.method == "modip":
+            put_summary(cell, 100, 120, 150, rng)
+        elif cell.method == "no_planner" and cell.seed == 0:
+            put_summary(cell, 100, 90, 95, rng)
+    found = results(s)
+    entry = found["tasks"][TASK]
+    assert entry["metric"] == "return" and entry["mpc"]["seeds"] == 2 and entry["mpc"]["episodes"] == 40 and entry["env_steps"] == 400
+    assert abs(entry["mpc"]["mean"] - 150) < 1 and entry["mpc"]["ci95"][0] < entry["mpc"]["mean"] < entry["mpc"]["ci95"][1]
+    assert abs(entry["against_bc"]["policy"]["share"] - 0.2) < 0.02
+    assert found["methods"]["no_planner"][TASK]["seeds_done"] == 1 and found["over_tasks"] == {}
+    text = markdown(found, [])
+    assert "1 of 2" in text and "1.50 x" in text and "Paper: BC 5108" in text
+
+
+def test_over_tasks_by_rliable(tmp_path):
+    s, rng = study(tmp_path, settings=SMALL | {"task.family": "halfcheetah"}), np.random.default_rng(0)
+    for cell in s.cells():
+        if cell.start is not None:
+            put_summary(cell, 4000, 5000, 6000 if cell.method == "modip" else 4500, rng)
+    found = results(s)["over_tasks"]
+    assert found["modip"]["mpc"]["iqm"] == pytest.approx(100 * (6000 + 280.178953) / (12135.0 + 280.178953), abs=0.1)
+    low, high = found["modip"]["mpc"]["ci95"]
+    assert low <= found["modip"]["mpc"]["iqm"] <= high and found["no_planner"]["mpc"]["iqm"] < low
+
+
+def test_a_real_study_is_stopped_and_goes_on(tmp_path):
+    """Serial runs: Ctrl-C in the first one that acts, then the same command; every method begins with the start's BC policy."""
+    data = write_data(tmp_path / "data.hdf5")
+    settings = SMALL | {"serial": True, "data.source": str(data), "online.env_steps": 200, "eval.every_steps": 100}
+    file = tmp_path / "tiny.yaml"
+    file.write_text(json.dumps({"out": str(tmp_path / "out"), "tasks": {TASK: {}}, "methods": {"modip": {}, "tail": {"critic.width": 24}}, "seeds": [0],
+                                "settings": settings}))
+    command = [sys.executable, "-m", "modip_ray", "study", str(file)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if f"{TASK}/modip/seed_0" in line:
+            break
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=120)[0]
+    assert first.returncode == 0 and "the same command goes on" in said
+    second = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert f"{TASK}/start/seed_0 done" not in second.stdout                         # it had been done
+    study_ = load_study(file)
+    assert all(finished(c) for c in study_.cells())
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    bc = {m: found["methods"][m][TASK]["bc"]["by_seed"] for m in ("modip", "tail")}
+    assert bc["modip"] == bc["tail"]
+    assert (tmp_path / "out" / f"curves_{TASK}.png").stat().st_size > 5_000 and TASK in (tmp_path / "out" / "results.md").read_text()
+    assert run_study(study_)["tasks"][TASK]["seeds_done"] == 1                      # a finished study only writes its tables
