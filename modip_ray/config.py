@@ -149,6 +149,7 @@ class Learner:
 class Pretrain:
     updates: int
     policy_updates: int
+    start: str | None
 
 
 @dataclass(frozen=True)

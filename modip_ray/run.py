@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from modip_ray.config import Config
 from modip_ray.data_cli import ProgressLine
 from modip_ray.learning.build import build_spec
@@ -20,6 +22,7 @@ from modip_ray.report.page import write_report
 from modip_ray.report.scores import final_table
 from modip_ray.runfolder import RunFolder, command_line, git_commit, machine, versions
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
+from modip_ray.start import adopt
 from modip_ray.tasks.dataset import Dataset
 from modip_ray.tasks.envs import EnvFactory
 from modip_ray.tasks.scores import measure
@@ -83,6 +86,8 @@ def offline_phase(session: Session, factory: EnvFactory) -> Dataset:
 def build_system(cfg: Config, data: Dataset, factory: EnvFactory, hook: SegmentHook | None, folder: RunFolder) -> System:
     _, low, high = spaces(factory)
     setup = Setup(cfg, build_spec(cfg, data.episodes, low, high), data.episodes, factory, hook, folder.checkpoint, folder=folder.path)
+    if setup.checkpoint is None and cfg.pretrain.start is not None:
+        setup = replace(setup, checkpoint=adopt(setup, folder.checkpoints))
     if cfg.serial:
         from modip_ray.learning.serial import SerialSystem
         return SerialSystem(setup)

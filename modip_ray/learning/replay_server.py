@@ -229,7 +229,10 @@ def restored_replay(cfg: Config, episodes: Sequence[Episode], checkpoint: Checkp
     server = build_replay(shard_config(cfg, shard), episodes, Journal(run / "journal" / name) if run is not None else None, name)
     if checkpoint is not None:
         updates = [int(shard_updates(checkpoint.read(f"learner_{stream}"), cfg.replay.shards)[shard]) for stream in STREAMS]
-        first = server.load(checkpoint, *updates)
+        if checkpoint.has(name):
+            first = server.load(checkpoint, *updates)
+        else:                                                                       # the pre-training of another run (start.py)
+            server.limiter.set_counts(0, *updates)
     if server.journal is not None:
         if exact:
             server.journal.drop(since=first)

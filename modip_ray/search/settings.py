@@ -10,6 +10,7 @@ from typing import Any
 
 from modip_ray.config import Config, ConfigError, load, nearest
 from modip_ray.runfolder import saved_config
+from modip_ray.start import ELSEWHERE, ONLINE_ONLY, belongs, flat, offline_differences
 
 #: Keys of a param_space that are no settings of a run, with what they mean.
 SEARCH_KEYS = {
@@ -20,16 +21,12 @@ SEARCH_KEYS = {
 #: Set by the trial itself.
 OWN = {"run_dir": "Tune keeps each trial's folder", "serial": "a trial runs in one process", "seed": "give 'seeds'"}
 
-#: Settings that the offline phase does not depend on. A name with a dot at its end stands for the whole group.
-ONLINE_ONLY = ("planner.", "guard.", "distill.", "online.", "critic.n_step", "policy.sampling_steps", "policy.n_action_steps", "policy.updates_per_update")
 #: Settings of both phases that can change on a trained state: they alter neither shapes nor what is stored.
 LEARNING = ("policy.lr", "policy.ema", "policy.batch_size", "world_model.lr", "world_model.encoder_lr_scale", "world_model.batch_size", "world_model.horizon",
             "world_model.rho", "world_model.consistency", "world_model.reward", "world_model.termination", "world_model.grad_clip", "critic.tau",
             "critic.expectile", "critic.weight")
 #: Of those groups, what a trained state cannot change: they count from the start of the online phase.
 WHOLE_PHASE = ("online.env_steps", "online.min_online")
-#: Settings that decide nothing of what was learned: they may differ between a checkpoint and the trial that goes on from it.
-ELSEWHERE = ("run_dir", "seed", "serial", "log.", "resources.", "eval.", "rollout.", "replay.", "data.cache")
 
 
 @dataclass(frozen=True)
@@ -117,11 +114,6 @@ def number(search: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def belongs(key: str, names: Sequence[str]) -> bool:
-    """`key` is one of the names, or in one of the groups (names that end with a dot)."""
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
-
-
 def perturbable(key: str) -> bool:
     """A search may change this setting on a trained state."""
     return belongs(key, ONLINE_ONLY + LEARNING) and key not in WHOLE_PHASE
@@ -145,11 +137,11 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 def check_online_only(saved: Config, cfg: Config, start: Path) -> None:
     """ConfigError for a setting that the pre-training in `start` was made with and this trial wants otherwise."""
-    a, b = flat(saved), flat(cfg)
-    wrong = [k for k in differing(a, b) if not belongs(k, ONLINE_ONLY + ELSEWHERE)]
+    wrong = offline_differences(saved, cfg)
     if wrong:
         hint = "; search online.lr_scale instead" if wrong[0].endswith(".lr") else ""
-        raise ConfigError(f"{wrong[0]}: the pre-training in {start} was made with {a.get(wrong[0])!r}, this trial asks for {b.get(wrong[0])!r}{hint}; "
+        raise ConfigError(f"{wrong[0]}: the pre-training in {start} was made with {flat(saved).get(wrong[0])!r}, "
+                          f"this trial asks for {flat(cfg).get(wrong[0])!r}{hint}; "
                           "with 'start' only settings of the online phase can differ")
 
 
@@ -162,11 +154,3 @@ def check_goes_on(saved: Config, cfg: Config, where: Path) -> None:
                 check_mutation(key, cfg)
         except ConfigError as error:
             raise ConfigError(f"{where}: was trained with {key}={a.get(key)!r}, this trial has {b.get(key)!r}. {error}") from error
-
-
-def flat(cfg: Config) -> dict[str, Any]:
-    """{"critic.gamma": 0.95, ...}: one level deep, free-form settings whole."""
-    found: dict[str, Any] = {}
-    for group, value in cfg.to_dict().items():
-        found |= {f"{group}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {group: value}
-    return found

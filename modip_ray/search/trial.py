@@ -20,7 +20,7 @@ import numpy as np
 
 from modip_ray.config import Config
 from modip_ray.learning.build import build_spec
-from modip_ray.learning.checkpoint import Checkpoint, State, begin, commit, folders, newest, verified, write_synced
+from modip_ray.learning.checkpoint import Checkpoint, State, begin, commit, newest, write_synced
 from modip_ray.learning.env_source import env_factory, spaces
 from modip_ray.learning.evaluation import jobs_for
 from modip_ray.learning.offline_data import load_data, rolls_out
@@ -29,6 +29,7 @@ from modip_ray.learning.system import Setup, Status
 from modip_ray.runfolder import RunError, saved_config
 from modip_ray.search.scores import REPORTED, aggregated
 from modip_ray.search.settings import TrialSettings, check_goes_on
+from modip_ray.start import start_checkpoint
 from modip_ray.tasks.dataset import Dataset
 
 CHECKPOINTS = "checkpoints"
@@ -136,16 +137,6 @@ class Trial:
         for system in self.systems:
             system.close()
         self.systems = []
-
-
-def start_checkpoint(run: Path) -> Checkpoint:
-    """The checkpoint of the end of pre-training in a run folder; RunError where there is none (any more)."""
-    for folder in folders(run / CHECKPOINTS):
-        checkpoint = verified(folder)
-        if checkpoint.counters.get("env_steps") == 0 and checkpoint.has("bc"):
-            return checkpoint
-    raise RunError(f"{run}: has no checkpoint of the end of pre-training (a run that goes on drops its older ones); "
-                   "'modip train ... online.env_steps=0 run_dir=...' makes one")
 
 
 def with_cache(cfg: Config, shared: Path, start: Path | None) -> Config:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from modip_ray.config import Config, ConfigError, config_dir, load, nearest, parse_scalar, read_yaml, task_names, typed
+from modip_ray.learning.offline_data import rolls_out
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 START = "start"                     # the method that only pre-trains
@@ -67,6 +68,8 @@ class Study:
         own = {"online.env_steps": 0, "eval.episodes": 1} if start is None else {**self.methods[method], "pretrain.start": str(start.folder)}
         try:
             cfg = load(None, [f"task={task}"]).replace({**self.settings, **self.tasks[task], **own, "seed": seed, "run_dir": str(folder)})
+            if start is not None and cfg.data.cache is None and rolls_out(cfg.data.source):
+                cfg = cfg.replace({"data.cache": str(start.folder / "data.hdf5")})
         except ConfigError as error:
             raise ConfigError(f"task {task}, method {method}: {error}") from error
         return Cell(task, method, seed, folder, cfg, start)

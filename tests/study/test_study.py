@@ -61,7 +61,7 @@ def test_a_wrong_file_is_named(tmp_path, fields, message):
 
 
 def test_a_wrong_setting_of_a_method_is_named_before_anything_runs(tmp_path):
-    with pytest.raises(ConfigError, match="method no_planner.*planner.iteration"):
+    with pytest.raises(ConfigError, match="method no_planner.*'iteration'"):
         study(tmp_path, methods={"modip": {}, "no_planner": {"planner.iteration": 0}}).cells()
 
 
