@@ -1,6 +1,7 @@
 """One run on a small cluster of several nodes: workers come and go with nodes, two planners, two replay shards, roles where their resources are."""
 
 import dataclasses
+import re
 import time
 
 import numpy as np
@@ -58,11 +59,24 @@ def advance_until(system, ready, phase="online", patience_s=90.0):
         assert time.monotonic() < deadline, (status, incidents, system.gauges())
 
 
+def error_of_another_disk(system, folder) -> ConfigError:
+    """As if replay and learners looked at another disk than the driver when it asks them, before anything is trained, whether they see the run's folder."""
+    from modip_ray.actors import system as module
+    before, system.setup = system.setup, dataclasses.replace(system.setup, folder=folder)
+    system.check_folder()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as error:
+        patch.setattr(module, "PROBE", ".another_file")
+        system.check_folder()
+    system.setup = before
+    return error.value
+
+
 @pytest.fixture(scope="module")
 def run(nodes, tmp_path_factory):
     from modip_ray.actors.system import RaySystem
     s = setup(online__env_steps=2000)
     system, facts = RaySystem(s), {}
+    facts["unseen"] = error_of_another_disk(system, tmp_path_factory.mktemp("folder"))
     facts["pretrained"], _ = advance_until(system, lambda status: status.done, "pretrain")
     system.freeze_bc()
     advance_until(system, lambda _: system.pool is not None and len(system.pool.members) == 1)
@@ -139,9 +153,5 @@ def test_what_the_cluster_lacks_is_named_with_its_setting(nodes, dotted, words):
         assert word in str(error.value)
 
 
-def test_a_run_folder_that_the_replay_cannot_see_is_refused_at_the_start(nodes, tmp_path, monkeypatch):
-    from modip_ray.actors import system
-    s = setup(rollout__num_workers=1)
-    monkeypatch.setattr(system, "PROBE", ".another_file")                           # as if the actors looked at another disk
-    with pytest.raises(ConfigError, match="run_dir: .* is not seen by the replay"):
-        system.RaySystem(dataclasses.replace(s, folder=tmp_path))
+def test_a_run_folder_that_the_replay_cannot_see_is_refused(run):
+    assert re.match("run_dir: .* is not seen by the replay", str(run["unseen"]))

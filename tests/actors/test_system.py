@@ -1,5 +1,6 @@
 """The roles on a real (small, private) Ray. One GPU is declared that does not exist: scheduling is tested, computing falls back to the CPU."""
 
+import dataclasses
 import os
 import signal
 
@@ -16,6 +17,7 @@ from modip_ray.learning.serial import SerialSystem
 from modip_ray.learning.system import Setup
 from modip_ray.learning.updater import Updater
 from modip_ray.tasks.collect import collect
+from modip_ray.tasks.envs import EnvError
 from tests.fakes import STEPS, Noisy, PointEnv, small
 from tests.private_ray import private_ray
 
@@ -53,6 +55,21 @@ def finish(system, phase):
     raise AssertionError(f"{phase} did not end: {status}")
 
 
+def error_of_an_environment(system) -> EnvError:
+    """What the driver raises where the environments of the same planners, learners and replay fail."""
+    class Broken(PointEnv):
+        def step(self, action):
+            raise RuntimeError("the arm is stuck")
+    setup, cfg = system.setup, system.cfg
+    system.pool.close()
+    system.cfg = cfg.replace({"online.env_steps": 2 * STEPS_ONLINE})
+    system.pool, system.setup = None, dataclasses.replace(setup, cfg=system.cfg, env_factory=Broken)
+    with pytest.raises(EnvError) as error:
+        finish(system, "online")
+    system.cfg, system.setup = cfg, setup
+    return error.value
+
+
 @pytest.fixture(scope="module")
 def run(cluster):
     """A whole small run on Ray with the planner on a declared GPU, in the course of which a rollout worker is killed."""
@@ -73,6 +90,7 @@ def run(cluster):
     facts["final"] = {s: ray.get(learner.weights.remote()) for s, learner in system.learners.items()}
     facts["replay"] = system.replay_status()
     facts["timings"] = system.timings()
+    facts["error"] = error_of_an_environment(system)
     facts["report"] = system.evaluate([j for m in ("bc", "policy", "mpc") for j in jobs_for(m, 3, 5)], lambda outcome: None)
     system.close()
     return facts
@@ -157,16 +175,5 @@ def test_more_gpus_than_there_are_is_an_error_that_names_the_field(cluster):
         RaySystem(setup(resources__planner_gpus=3.0))
 
 
-def test_an_error_of_the_environment_reaches_the_user(cluster):
-    from modip_ray.actors.system import RaySystem
-    from modip_ray.tasks.envs import EnvError
-
-    class Broken(PointEnv):
-        def step(self, action):
-            raise RuntimeError("the arm is stuck")
-    s = setup(pretrain__updates=1, pretrain__policy_updates=1)
-    system = RaySystem(Setup(s.cfg, s.spec, s.episodes, Broken))
-    finish(system, "pretrain")
-    with pytest.raises(EnvError, match="the arm is stuck"):
-        finish(system, "online")
-    system.close()
+def test_an_error_of_the_environment_reaches_the_user(run):
+    assert "the arm is stuck" in str(run["error"])

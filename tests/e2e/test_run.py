@@ -1,16 +1,19 @@
 """The command line, end to end: train -> kill -9 -> the same command -> eval; and the driver's own promises."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from modip_ray.cli import main
 from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import CheckpointError, folders, newest, read_state
 from modip_ray.report.metrics import read_metrics
@@ -33,7 +36,11 @@ def command(run_dir: Path, data: Path, **dotted) -> list[str]:
 
 
 def modip(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "modip_ray", *args], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
+    """`modip ARGS`, in this process: it has torch loaded."""
+    out, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+        main(args)
+    return subprocess.CompletedProcess(args, ended.value.code, out.getvalue(), errors.getvalue())
 
 
 def start_and_wait(args: list[str], ready, log: Path) -> subprocess.Popen:
@@ -95,7 +102,7 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
     assert json.loads((tmp_path / "other.json").read_text())["returns"] != summary["scores"]["policy"]["returns"]
     refused = modip("eval", str(run), "--set", "critic.gamma=0.5")
     assert refused.returncode == 2 and "only settings of acting" in refused.stderr
-    third = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
+    third = modip(*args[3:])
     assert third.returncode == 0 and "MPC" in third.stdout and "evaluate" not in third.stderr, "a finished run only prints its table again"
 
 
