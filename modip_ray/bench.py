@@ -24,6 +24,7 @@ from modip_ray.config import Config, ConfigError, load, nearest, task_names
 from modip_ray.learning.env_source import env_factory
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.replay import Segment
+from modip_ray.model.hardware import prepare_process
 from modip_ray.planning.planner import Planner
 from modip_ray.runfolder import command_line, git_commit, machine, versions
 from modip_ray.tasks.env_group import EnvGroup
@@ -221,7 +222,7 @@ def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds:
     setting = Setting(load(overrides=overrides), seconds)
     rows: list[Row] = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    prepare_process(1)
     try:
         for name in names:
             found = BENCHES[name](setting)

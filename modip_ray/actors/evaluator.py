@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-import torch
 
 from modip_ray.config import Config
 from modip_ray.learning.build import blank_agent, device_of
 from modip_ray.learning.evaluation import DIAGNOSTIC_ROWS, Job, Outcome, diagnose, run_job
 from modip_ray.learning.system import Report
 from modip_ray.learning.weights import load_parts
+from modip_ray.model.hardware import prepare_process
 from modip_ray.tasks.envs import EnvFactory
 from modip_ray.timing import Timer
 
@@ -21,7 +21,7 @@ class EvaluatorActor:
     """Its answers depend on the store's weights only, so Ray may restart it and repeat a call."""
 
     def __init__(self, cfg: Config, obs_dim: int, action_dim: int, env_factory: EnvFactory, store: str, replay: str):
-        torch.set_num_threads(cfg.resources.torch_threads)
+        prepare_process(cfg.resources.torch_threads)
         self.cfg, self.env_factory, self.timer = cfg, env_factory, Timer()
         self.store, self.replay = ray.get_actor(store), ray.get_actor(replay)
         self.agent = blank_agent(cfg, obs_dim, action_dim, device_of(cfg, 0))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import ray
-import torch
 
 from modip_ray.actors.batches import BatchSource
 from modip_ray.actors.placement import sees
@@ -21,6 +20,7 @@ from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.replay_server import shard_updates
 from modip_ray.learning.updater import Updater, learner_state, load_learner
+from modip_ray.model.hardware import prepare_process
 from modip_ray.model.networks import flat_vector, load_vector
 from modip_ray.timing import Timer
 
@@ -36,7 +36,7 @@ class LearnerReport(NamedTuple):
 @ray.remote(max_restarts=0)
 class LearnerActor:
     def __init__(self, cfg: Config, spec: Spec, stream: Stream, replays: Sequence[str], store: str, checkpoint: Checkpoint | None):
-        torch.set_num_threads(cfg.resources.torch_threads)
+        prepare_process(cfg.resources.torch_threads)
         self.cfg, self.stream, self.timer = cfg, stream, Timer()
         self.store = ray.get_actor(store)
         self.learner = Learner(cfg, agent_of(cfg, spec, device_of(cfg, cfg.resources.learner_gpus)), cfg.seed)

@@ -27,8 +27,9 @@ def plan_server(cfg: Config, obs_dim: int, action_dim: int, gpus: float, replica
 
     from modip_ray.learning.build import blank_agent, device_of
     from modip_ray.learning.plan_server import PlanServer
+    from modip_ray.model.hardware import prepare_process
     from modip_ray.planning.planner import Planner
-    torch.set_num_threads(cfg.resources.torch_threads)
+    prepare_process(cfg.resources.torch_threads)
     agent = blank_agent(cfg, obs_dim, action_dim, device_of(cfg, gpus))
     return PlanServer(cfg, Planner(cfg, agent, seed=cfg.seed + replica, timer=timer), lambda: torch.set_num_threads(cfg.resources.torch_threads))
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from modip_ray.learning.build import agent_of, device_of
 from modip_ray.learning.checkpoint import State, write_state
@@ -18,6 +17,7 @@ from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.replay_server import restored_replay
 from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status, saved_bc
 from modip_ray.learning.updater import Updater, learner_state, load_learner
+from modip_ray.model.hardware import prepare_process
 from modip_ray.planning.planner import Planner
 from modip_ray.tasks.envs import EnvError
 from modip_ray.timing import Timer
@@ -32,7 +32,7 @@ class SerialSystem:
     def __init__(self, setup: Setup):
         self.setup, self.cfg = setup, setup.cfg
         cfg = setup.cfg
-        torch.set_num_threads(cfg.resources.torch_threads)
+        prepare_process(cfg.resources.torch_threads)
         self.timers = {role: Timer() for role in ("driver", "planner", "learner", "rollout", "evaluator")}
         agent = agent_of(cfg, setup.spec, device_of(cfg))
         self.learner = Learner(cfg, agent, cfg.seed)

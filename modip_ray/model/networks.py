@@ -60,7 +60,7 @@ class EnsembleMLP(nn.Module):
         lead = x.shape[:-1]
         x = self.first(x.reshape(-1, x.shape[-1]))                                  # (E, R, Dout_0)
         for i in range(1, len(self.weights)):
-            x = nn.functional.layer_norm(x, x.shape[-1:]) * self.norm_scales[i - 1] + self.norm_shifts[i - 1]
+            x = torch.addcmul(self.norm_shifts[i - 1], nn.functional.layer_norm(x, x.shape[-1:]), self.norm_scales[i - 1])
             x = nn.functional.silu(x)
             w, b = self.weights[i], self.biases[i]                                  # (E, Dout_i-1, Dout_i), (E, 1, Dout_i)
             x = torch.baddbmm(b, x, w) if w.shape[-1] > 1 else (x * w.mT).sum(-1, keepdim=True) + b
