@@ -83,17 +83,12 @@ def q_value(policy: DiffusionPolicy, q: EnsembleMLP, z: Tensor, steps: int) -> T
 
 
 def targets(s: Setting) -> list[Row]:
-    """World-model updates a second, against those whose target asks the policy: r + gamma Q(z', pi(z')), pi by DDIM (2.3 of the paper)."""
-    independent, coupled = (Learner(with_settings(s.cfg, resources__compile=False), copy.deepcopy(s.agent)) for _ in range(2))
-    policy, c, batch = latent_policy(s.cfg), s.cfg.critic, s.model_batch()
-    q = EnsembleMLP(c.members, [s.cfg.world_model.latent + ACTION_DIM, c.width, c.width, 1])
-
-    def target(z: Tensor) -> Tensor:                                                # (B, H+1, Dz) -> (E, B, H+1)
-        return q_value(policy, q, z.reshape(-1, z.shape[-1]), s.cfg.policy.sampling_steps).view(-1, *z.shape[:-1])
-    coupled.target_critic.forward = target
-    mine, theirs = s.medians(lambda: independent.update_model(batch), lambda: coupled.update_model(batch))
+    """World-model updates a second, against those whose targets ask the policy (critic.target: policy_q), each uncompiled."""
+    cfgs = [with_settings(s.cfg, resources__compile=False, critic__target=target) for target in ("value", "policy_q")]
+    learners, batch = [Learner(cfg, Setting(cfg, s.seconds).agent) for cfg in cfgs], s.model_batch()
+    mine, theirs = s.medians(*(lambda learner=learner: learner.update_model(batch) for learner in learners))
     return [compared("learner.policy_independent_vs_coupled", 1 / mine, "updates/s", 1 / theirs,
-                     f"a target that samples the policy, {s.cfg.policy.sampling_steps} DDIM steps")]
+                     f"Q and targets that sample the policy, {s.cfg.policy.sampling_steps} DDIM steps")]
 
 
 def compilation(s: Setting) -> list[Row]:

@@ -94,6 +94,7 @@ class Critic:
     n_step: int
     pretrain_n_step: int
     weight: float
+    target: Literal["value", "policy_q"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Planner:
     max_wait_ms: float
     weights_every_s: float
     replicas: int
+    tail: Literal["value", "policy_q"]
 
 
 @dataclass(frozen=True)

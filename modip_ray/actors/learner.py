@@ -73,10 +73,12 @@ class LearnerActor:
         return self.updater.take_metrics()
 
     def exchange(self) -> None:
-        """Publish the own part; the policy learner takes over world model and critics, which its imitation rule asks."""
+        """Publish the own part; take over what the own updates ask of the other learner: the policy's imitation rule asks world model and critics,
+        targets that ask the policy (critic.target) the policy.
+        """
         with self.timer("publish"):
             self.publish()
-        if self.stream == "policy":
+        if self.stream == "policy" or self.cfg.critic.target == "policy_q":
             with self.timer("pull"):
                 self.pull()
         self.exchanged_at = time.monotonic()
@@ -94,9 +96,10 @@ class LearnerActor:
     def pull(self) -> None:
         newer, _ = self.get(self.store.newer.remote(self.versions))
         self.versions |= {part: version for part, (version, _) in newer.items()}
-        if "model" in newer:
-            self.learner.agent.load_flat(newer["model"][1], "model")
-        if "target_critic" in newer:
+        other = "model" if self.stream == "policy" else "policy"
+        if other in newer:
+            self.learner.agent.load_flat(newer[other][1], other)
+        if "target_critic" in newer and self.stream == "policy":
             load_vector(self.learner.target_critic.state_dict().values(), newer["target_critic"][1], "the target critic")
 
     def settle(self) -> int:

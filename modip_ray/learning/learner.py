@@ -22,6 +22,7 @@ from modip_ray.model.agent import Agent
 from modip_ray.model.critic import td_target
 from modip_ray.model.hardware import compiled, uses_compile
 from modip_ray.model.networks import ema_update
+from modip_ray.model.policy_critic import asks_policy
 
 Metrics = dict[str, Tensor]
 T = TypeVar("T")
@@ -64,7 +65,8 @@ class Learner:
 
     def update_model(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """One step of world model and critic on a batch of `ReplayBuffer.sequences`."""
-        loss, metrics = self.with_precision(self.model_loss, to_tensors(batch, self.device))
+        b = to_tensors(batch, self.device)
+        loss, metrics = self.with_precision(self.model_loss, b | self.asked_of_policy(b) if asks_policy(self.cfg) else b)
         norm, skipped = self.step(self.model_opt, loss, self.guards["model"], self.updates, self.cfg.world_model.grad_clip)
         ema_update(self.target_critic, self.agent.critic, self.cfg.critic.tau)
         self.updates += 1
@@ -92,7 +94,8 @@ class Learner:
         with torch.no_grad():
             ahead = model.encode(torch.cat([obs[:, 1:], norm.obs(b["bootstrap_obs"])], 1))            # (B, H + H+1, Dz)
             z_true, z_boot = ahead.split([horizon, horizon + 1], 1)                 # consistency targets; where the values' targets bootstrap
-            y = td_target(b["n_step_return"], b["discount"], self.target_critic(z_boot).mean(0))      # (B, H+1)
+            next_value = self.target_critic(z_boot) if cfg.critic.target == "value" else self.target_critic.action_value(z_boot, b["policy_action"])
+            y = td_target(b["n_step_return"], b["discount"], next_value.mean(0))    # (B, H+1)
         latents, rewards, terminations = model.rollout(model.encode(obs[:, 0]), actions)
         mask, count = b["mask"], b["mask"].sum().clamp(min=1)                       # (B, H)
         rho = cfg.world_model.rho ** torch.arange(horizon + 1, device=self.device)  # (H+1,)
@@ -105,8 +108,33 @@ class Learner:
         value = (critic.loss(latents, y).mean(0) * value_mask).sum() / value_mask.sum().clamp(min=1)
         w = cfg.world_model
         loss = w.consistency * consistency + w.reward * reward + w.termination * model.terminates * termination + cfg.critic.weight * value
+        if asks_policy(cfg):
+            loss = loss + self.action_value_loss(b, latents[:, :-1], actions, y[:, :-1], value_mask[:, :-1] * mask)
         return loss, {"loss/consistency": consistency.detach(), "loss/reward": reward.detach(), "loss/termination": termination.detach(),
                       "loss/value": value.detach(), "value/target_mean": y.mean(), "value/target_std": y.std()}
+
+    @torch.no_grad()
+    def asked_of_policy(self, b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the losses of a `PolicyCritic` need and a compiled graph does not draw: the policy's actions where the targets bootstrap, random numbers."""
+        policy, norm, found = self.agent.policy, self.agent.normalizer, {}
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=self.rng, device=self.device)
+        if self.cfg.critic.target == "policy_q":
+            obs = norm.obs(b["bootstrap_obs"])                                      # (B, H+1, Do)
+            chunks = policy.sample(obs.flatten(0, 1), noise(obs[..., 0].numel(), 1, policy.horizon, policy.action_dim), self.cfg.policy.sampling_steps)
+            found["policy_action"] = chunks[:, 0, 0].view(*obs.shape[:-1], -1)      # (B, H+1, Da)
+        if self.cfg.planner.tail == "policy_q":
+            found["noise"] = noise(*b["action"].shape)
+            found["t"] = torch.randint(policy.denoising_steps, (len(b["action"]),), generator=self.rng, device=self.device)
+        return found
+
+    def action_value_loss(self, b: Mapping[str, Tensor], z: Tensor, actions: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        """Of Q on the actions that were taken, z (B, H, Dz), targets y (B, H); and of the latent's policy, where the planner asks one."""
+        critic, w = self.agent.critic, self.cfg.critic.weight
+        loss = w * (critic.action_loss(z, actions, y).mean(0) * mask).sum() / mask.sum().clamp(min=1)
+        if self.cfg.planner.tail == "policy_q":
+            loss = loss + critic.policy.loss(z[:, 0].detach(), actions, torch.ones_like(mask[:, 0]), b["mask"], b["t"], b["noise"])
+        return loss
 
     def update_policy(self, batch: Mapping[str, np.ndarray], distil: bool) -> Metrics:
         """One denoising step on a batch of `ReplayBuffer.chunks`; `distil` applies the imitation rule, else plain behaviour cloning."""

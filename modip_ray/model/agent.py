@@ -13,6 +13,7 @@ from modip_ray.config import Config
 from modip_ray.model.critic import ValueEnsemble
 from modip_ray.model.diffusion import DiffusionPolicy
 from modip_ray.model.networks import flat_vector, load_vector
+from modip_ray.model.policy_critic import PolicyCritic, asks_policy
 from modip_ray.model.world_model import WorldModel
 
 Part = Literal["policy", "model"]
@@ -69,7 +70,8 @@ class Agent(nn.Module):
         self.policy = DiffusionPolicy(obs_dim, action_dim, p.horizon, p.denoising_steps, p.width, p.blocks, p.parametrization,
                                       p.network)                                    # the EMA weights
         self.world_model = WorldModel(obs_dim, action_dim, w.latent, w.width, w.simnorm_group)
-        self.critic = ValueEnsemble(w.latent, c.width, c.members, c.head, c.bins, c.bound, c.expectile)
+        self.critic = PolicyCritic(cfg, action_dim) if asks_policy(cfg) else ValueEnsemble(w.latent, c.width, c.members, c.head, c.bins, c.bound,
+                                                                                           c.expectile)
 
     def part(self, name: Part | None = None) -> dict[str, Tensor]:
         """Parameters and buffers, by name and shared with the agent: of everything, of the policy, or of world model and critic ("model")."""

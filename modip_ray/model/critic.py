@@ -53,21 +53,28 @@ class ValueEnsemble(nn.Module):
         if head not in ("regression", "two_hot"):
             raise ValueError(f"critic.head must be 'regression' or 'two_hot', got {head!r}")
         self.head, self.expectile, self.members = head, expectile, members
-        self.net = EnsembleMLP(members, [latent, width, width, 1 if head == "regression" else bins])
+        self.outputs = 1 if head == "regression" else bins
+        self.net = EnsembleMLP(members, [latent, width, width, self.outputs])
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("bins", torch.linspace(-bound, bound, bins))
 
     def forward(self, z: Tensor) -> Tensor:
         """(..., Dz) -> (E, ...) values in return units."""
-        out = self.net(z)
+        return self.decode(self.net(z))
+
+    def loss(self, z: Tensor, target: Tensor) -> Tensor:
+        """Per-element loss (E, ...) of V(z) against targets (...) in return units."""
+        return self.error(self.net(z), target)
+
+    def decode(self, out: Tensor) -> Tensor:
+        """What a head says (E, ..., outputs), in return units (E, ...)."""
         if self.head == "regression":
             return self.shift + self.scale * out.squeeze(-1)
         return symexp((out.softmax(-1) * self.bins).sum(-1))
 
-    def loss(self, z: Tensor, target: Tensor) -> Tensor:
-        """Per-element loss (E, ...) of V(z) against targets (...) in return units."""
-        out = self.net(z)
+    def error(self, out: Tensor, target: Tensor) -> Tensor:
+        """Per-element loss (E, ...) of what a head says (E, ..., outputs) against targets (...) in return units."""
         if self.head == "two_hot":
             hot = two_hot(symlog(target), self.bins)                                # (..., n_bins)
             return -(hot * out.log_softmax(-1)).sum(-1)

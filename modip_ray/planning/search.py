@@ -78,7 +78,8 @@ class Search:
             z, reward, termination = model.advance(model.z_in(z) if k else hidden, a)
             total = total + weight * reward * model.reward_scale
             weight = weight * gamma * (1 - model.terminates * termination.sigmoid())
-        return total + weight * self.agent.critic(z)
+        critic = self.agent.critic
+        return total + weight * (critic.policy_value(z) if self.cfg.planner.tail == "policy_q" else critic(z))
 
     def guarded_gain(self, members: Tensor, reference: Tensor) -> Tensor:
         """How much better than the policy's own proposals, less the ensemble's disagreement about *that difference*.

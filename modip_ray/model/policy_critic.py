@@ -1,0 +1,47 @@
+"""The critic that asks the policy, for comparison: action values Q(z, a) beside V(z), as in TD-MPC2 (arXiv 2310.16828). E members, B rows.
+
+critic.target: policy_q    targets bootstrap from Q_target(z', a'), a' an action that the acting diffusion policy draws for the observation behind z'
+planner.tail: policy_q     a plan ends in Q(z_H, pi(z_H)). No observation belongs to a latent that was only imagined, so pi is a second diffusion
+                           policy, conditioned on the latent and trained on the same rows with the same loss; it starts from no noise, so that a
+                           score depends on the candidate alone
+V is trained on the same targets, whichever they are: it is what the other setting, the distillation rules and the diagnostics ask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modip_ray.config import Config
+from modip_ray.model.critic import ValueEnsemble
+from modip_ray.model.diffusion import DiffusionPolicy
+from modip_ray.model.networks import EnsembleMLP
+
+
+def asks_policy(cfg: Config) -> bool:
+    return "policy_q" in (cfg.critic.target, cfg.planner.tail)
+
+
+class PolicyCritic(ValueEnsemble):
+    """V as in `ValueEnsemble`; action values of the same sizes and units; and, for planner.tail: policy_q, the policy of the latent."""
+
+    def __init__(self, cfg: Config, action_dim: int):
+        c, p, w = cfg.critic, cfg.policy, cfg.world_model
+        super().__init__(w.latent, c.width, c.members, c.head, c.bins, c.bound, c.expectile)
+        self.q = EnsembleMLP(c.members, [w.latent + action_dim, c.width, c.width, self.outputs])
+        self.sampling_steps = p.sampling_steps
+        self.policy = DiffusionPolicy(w.latent, action_dim, w.horizon, p.denoising_steps, p.width, p.blocks, p.parametrization,
+                                      p.network) if cfg.planner.tail == "policy_q" else None
+
+    def action_value(self, z: Tensor, action: Tensor) -> Tensor:
+        """z (..., Dz), action (..., Da) -> (E, ...) in return units."""
+        return self.decode(self.q(torch.cat([z, action], -1)))
+
+    def action_loss(self, z: Tensor, action: Tensor, target: Tensor) -> Tensor:
+        """Per-element loss (E, ...) of Q(z, a) against targets (...) in return units."""
+        return self.error(self.q(torch.cat([z, action], -1)), target)
+
+    def policy_value(self, z: Tensor) -> Tensor:
+        """Q(z, pi(z)): (R, Dz) -> (E, R)."""
+        start = torch.zeros(len(z), 1, self.policy.horizon, self.policy.action_dim, device=z.device)            # float32, also where z is not
+        return self.action_value(z, self.policy.sample(z, start, self.sampling_steps)[:, 0, 0])
