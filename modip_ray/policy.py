@@ -13,7 +13,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 
 from modip_ray.config import Config, ConfigError
 from modip_ray.learning.build import device_of, saved_agent
@@ -22,6 +21,7 @@ from modip_ray.learning.env_source import env_factory
 from modip_ray.learning.evaluation import MODES, EvalMode
 from modip_ray.learning.system import saved_bc
 from modip_ray.model.agent import Agent
+from modip_ray.model.hardware import prepare_process
 from modip_ray.planning.planner import Mode, Plan, Planner
 from modip_ray.runfolder import open_checkpoint, saved_config
 
@@ -59,7 +59,7 @@ def agent_of_run(run: Path, overrides: Mapping[str, Any] = MappingProxyType({}))
         if not key.startswith(ACTING):
             raise ConfigError(f"{key}: decides how the run was trained; only settings of acting can be changed afterwards ({', '.join(ACTING)})")
     cfg, checkpoint = saved_config(run).replace(dict(overrides)), open_checkpoint(run)
-    torch.set_num_threads(cfg.resources.torch_threads)
+    prepare_process(cfg.resources.torch_threads)
     agent = saved_agent(cfg, checkpoint, device_of(cfg))
     return SavedAgent(run, cfg, agent, saved_bc(checkpoint), int(checkpoint.counters["env_steps"]), checkpoint.path.name)
 

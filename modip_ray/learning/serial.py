@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from modip_ray.learning.build import agent_of, device_of
 from modip_ray.learning.checkpoint import State, write_state
