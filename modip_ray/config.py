@@ -221,6 +221,9 @@ class Resources:
     wait_for_nodes_s: float
     torch_threads: int
     call_timeout_s: float
+    silent_s: float
+    restart_s: float
+    snapshot_s: float
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ POSITIVE = """
     planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker rollout.groups rollout.segment_length
     replay.shards replay.capacity replay.prefetch
     eval.episodes eval.every_episodes eval.bootstrap task.max_episode_steps data.transitions resources.torch_threads resources.call_timeout_s
+    resources.silent_s resources.restart_s resources.snapshot_s
     log.every_s log.keep_checkpoints log.grace_s distill.beta distill.n_step
     learner.max_bad_updates learner.snapshot_every learner.max_roll_backs
 """.split()

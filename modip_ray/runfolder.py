@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -163,3 +164,8 @@ def git_commit() -> str:
 
 def machine() -> dict[str, Any]:
     return {"platform": platform.platform(), "cpus": os.cpu_count(), "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)}
+
+
+def rss_mb() -> float:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20

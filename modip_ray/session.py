@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import shlex
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from modip_ray.config import Config
@@ -18,7 +16,7 @@ from modip_ray.learning.evaluation import MODES, Job, Outcome, joined
 from modip_ray.learning.system import Report, Status, System
 from modip_ray.report.metrics import MetricsLog
 from modip_ray.report.progress import Progress
-from modip_ray.runfolder import RunError, RunFolder, command_line
+from modip_ray.runfolder import RunError, RunFolder, command_line, rss_mb
 from modip_ray.tasks.scores import score_summary
 
 
@@ -90,11 +88,6 @@ def scores_of(cfg: Config, outcomes: Sequence[Outcome]) -> dict[str, dict]:
     """S by mode, for the modes that were evaluated."""
     found = {mode: joined(outcomes, mode) for mode in MODES}
     return {mode: score(cfg, measures, seeds) for mode, (measures, seeds) in found.items() if seeds}
-
-
-def rss_mb() -> float:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 class Session:

@@ -13,19 +13,22 @@ WAIT = "wait"
 
 
 class _Span:
-    """One timed block; a fresh object per block, so blocks may overlap between threads and coroutines."""
+    """One timed block; a fresh object per block, so blocks may overlap between threads and coroutines. `name` may change before its end."""
 
-    __slots__ = ("_timer", "_name", "_start")
+    __slots__ = ("name", "start", "_timer")
 
     def __init__(self, timer: Timer, name: str):
         self._timer = timer
-        self._name = name
+        self.name = name
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
+    def __enter__(self) -> _Span:
+        self.start = time.perf_counter()
+        self._timer.open.add(self)
+        return self
 
     def __exit__(self, *exc: object) -> None:
-        self._timer.add(self._name, time.perf_counter() - self._start)
+        self._timer.open.discard(self)
+        self._timer.add(self.name, time.perf_counter() - self.start)
 
 
 class Timer:
@@ -37,6 +40,7 @@ class Timer:
     def __init__(self) -> None:
         self._cells: dict[str, list] = {}  # name -> [seconds, count]
         self._lock = threading.Lock()
+        self.open: set[_Span] = set()  # blocks that are going on; adding and taking away are atomic
 
     def __call__(self, name: str) -> _Span:
         return _Span(self, name)
@@ -56,6 +60,13 @@ class Timer:
         """Totals since the start: {"seconds": {name: s}, "counts": {name: n}}."""
         with self._lock:
             return {"seconds": {k: c[0] for k, c in self._cells.items()}, "counts": {k: c[1] for k, c in self._cells.items()}}
+
+    def going_on(self) -> dict[str, float]:
+        """Blocks that have begun and not ended: how long each has lasted by now, the longest of a name."""
+        now, found = time.perf_counter(), {}
+        for span in self.open.copy():
+            found[span.name] = max(found.get(span.name, 0.0), now - span.start)
+        return found
 
     def merge(self, snapshot: Mapping[str, Mapping]) -> None:
         """Add another timer's snapshot (of another worker of the same role, say) to this one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -55,17 +54,16 @@ class BatchSource:
         if len(order) == 1:
             return order
         refs = [shard.asked[0] for shard in order]
-        begun = time.perf_counter()
-        ray.wait(refs, num_returns=1, timeout=self.timeout_s)
-        self.timer.add("wait/replay", time.perf_counter() - begun)
+        with self.timer("wait/replay"):
+            ray.wait(refs, num_returns=1, timeout=self.timeout_s)
         there = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
         return sorted(order, key=lambda shard: shard.asked[0] not in there)
 
     def take(self, shard: Shard) -> Batch | None:
         shard.ask(self.prefetch)
-        begun = time.perf_counter()
-        found = ray.get(shard.asked[0], timeout=self.timeout_s)
-        self.timer.add("wait/collection" if found is None else "wait/replay", time.perf_counter() - begun)
+        with self.timer("wait/replay") as span:
+            found = ray.get(shard.asked[0], timeout=self.timeout_s)
+            span.name = "wait/collection" if found is None else span.name
         if found is None:
             shard.asked.clear()                                                     # those behind it have to wait as well
             return None

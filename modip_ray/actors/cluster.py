@@ -7,24 +7,28 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
 
 from modip_ray.actors.placement import Bundle, demands, missing, total
 from modip_ray.config import Config, ConfigError
+from modip_ray.runfolder import RunError
 
 PREFIX = "modip_ray_"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 NICENESS = {"RAY_worker_niceness": "0"}      # Ray's default of 15 lets any other process of the machine take the actors' processor time
 LOOK_AGAIN_S = 2.0
 PROBE_S = 5.0
+LATE = "timed out during startup"
 
 
 @contextmanager
@@ -99,14 +103,12 @@ class Cluster:
         cfg, threads = self.cfg, {name: str(self.cfg.resources.torch_threads) for name in THREADS}
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         if cfg.resources.ray_address == "local":
-            remove_stale()
-            self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")      # sockets need a short path
             asked = total(demands(cfg))
             cpus = max(os.cpu_count() or 1, math.ceil(asked.get("CPU", 0.0)))
             most = cfg.rollout.most / cfg.rollout.least                                        # this machine is every kind of node at once
             custom = {k: math.ceil(v * most) for k, v in asked.items() if k not in ("CPU", "GPU", "memory")}
             with kept_signals(), environment(threads | NICENESS):                              # inherited; as a runtime_env it costs 0.5 to 1 s an actor
-                ray.init(address="local", num_cpus=cpus, resources=custom, _temp_dir=self.folder, include_dashboard=False, **quiet)
+                self.start_private(num_cpus=cpus, resources=custom, **quiet)
             return
         probe(cfg.resources.ray_address)
         try:
@@ -114,6 +116,23 @@ class Cluster:
                 ray.init(address=cfg.resources.ray_address, runtime_env={"env_vars": threads}, **quiet)
         except ConnectionError as error:
             raise ConfigError(f"resources.ray_address: no Ray cluster at {cfg.resources.ray_address!r} ({error}); start one, or use 'local'") from error
+
+    def start_private(self, **settings: Any) -> None:
+        """A Ray in a folder of its own. On a machine that is busy beyond measure its start may take more than the half minute that Ray allows: tried twice."""
+        remove_stale()
+        for last in (False, True):
+            self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")       # sockets need a short path
+            try:
+                ray.init(address="local", _temp_dir=self.folder, include_dashboard=False, **settings)
+                return
+            except Exception as error:                                                         # Ray raises a bare Exception here
+                if LATE not in str(error):
+                    raise
+                shutil.rmtree(self.folder, ignore_errors=True)
+                if last:
+                    raise RunError("Ray did not start within its own limit of 30 s, twice: the machine is too busy, or out of memory or disk space in /tmp; "
+                                   "make room and start again") from error
+                print("Ray did not start within its own limit of 30 s (the machine is very busy); trying once more", file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """ConfigError naming what is missing and which settings ask for it; where resources.wait_for_nodes_s allows, the autoscaler is asked for it first."""

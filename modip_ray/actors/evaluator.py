@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+import torch
 
+from modip_ray.actors.pulse import GROUP, PULSE, Life, Pulse
 from modip_ray.config import Config
 from modip_ray.learning.build import blank_agent, device_of
 from modip_ray.learning.evaluation import DIAGNOSTIC_ROWS, Job, Outcome, diagnose, run_job
@@ -16,7 +18,7 @@ from modip_ray.tasks.envs import EnvFactory
 from modip_ray.timing import Timer
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=2)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, concurrency_groups=GROUP)
 class EvaluatorActor:
     """Its answers depend on the store's weights only, so Ray may restart it and repeat a call."""
 
@@ -27,11 +29,17 @@ class EvaluatorActor:
         self.agent = blank_agent(cfg, obs_dim, action_dim, device_of(cfg, 0))
         self.versions: dict[str, int] = {}
         self.env_steps, self.bc = 0, None
+        self.life = Life(self.timer)
+
+    @ray.method(**PULSE)
+    def pulse(self) -> Pulse:
+        return self.life.pulse()
 
     def ready(self) -> None:
         """Answered once the actor is there."""
 
     def pull(self) -> None:
+        torch.set_num_threads(self.cfg.resources.torch_threads)                     # counts for the thread that calls it
         newer, self.env_steps = self.get(self.store.newer.remote(self.versions))
         self.versions |= {part: version for part, (version, _) in newer.items()}
         load_parts(self.agent, newer)

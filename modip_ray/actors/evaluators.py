@@ -9,6 +9,7 @@ import ray
 
 from modip_ray.actors.evaluator import EvaluatorActor
 from modip_ray.actors.placement import options
+from modip_ray.actors.supervisor import Supervisor
 from modip_ray.config import Config
 from modip_ray.learning.build import Spec
 from modip_ray.learning.evaluation import Job, Outcome
@@ -18,22 +19,22 @@ from modip_ray.tasks.envs import EnvFactory
 
 PATIENCE = 10                       # time-outs that a group of evaluation episodes may take: they run by thousands of steps
 AT_ONCE_S = 0.5                     # how long to look for numbers that can be done without
-Call = Callable[[Sequence[ray.ObjectRef], str], list[Any]]
 
 
 class Evaluators:
-    """call: (refs, who) -> results, or an error that names who (RaySystem.call)."""
-
-    def __init__(self, cfg: Config, spec: Spec, env_factory: EnvFactory, store: str, replay: str, call: Call):
-        self.cfg, self.call = cfg, call
+    def __init__(self, cfg: Config, spec: Spec, env_factory: EnvFactory, store: str, replay: str, supervisor: Supervisor):
+        self.cfg, self.supervisor, self.call = cfg, supervisor, supervisor.call
         self.arguments = (cfg, spec.obs_dim, spec.action_dim, env_factory, store, replay)
-        self.actors = [self.actor(**options(cfg, "evaluator"))]
+        self.actors: list[Any] = []
+        self.more(options(cfg, "evaluator"))
         self.asked: ray.ObjectRef | None = None
         self.finished: list[Report] = []
         self.last_timings: dict[int, Snapshot] = {}
 
-    def actor(self, **resources: Any) -> Any:
-        return EvaluatorActor.options(**resources).remote(*self.arguments)
+    def more(self, resources: dict[str, Any]) -> None:
+        actor = EvaluatorActor.options(**resources).remote(*self.arguments)
+        self.supervisor.add(f"evaluator {len(self.actors)}", "evaluator", actor)
+        self.actors.append(actor)
 
     def request(self, jobs: Sequence[Job]) -> bool:
         """Evaluate the weights of now beside the training; False while the last request is not finished."""
@@ -52,18 +53,19 @@ class Evaluators:
     def collect(self, wait_s: float) -> None:
         if self.asked is None:
             return
-        ready, _ = ray.wait([self.asked], timeout=wait_s)
+        ready = self.supervisor.wait([self.asked], wait_s)
         if ready:
             self.finished += self.call(ready, "the evaluator")
             self.asked = None
 
     def run_all(self, jobs: Sequence[Job], cpus: int, progress: Callable[[Outcome], None]) -> tuple[list[Outcome], dict[str, Any]]:
         """Every job by whichever evaluator is free, and the diagnostics. More evaluators start where there is room; those that find none do no harm."""
-        self.actors += [self.actor(**options(self.cfg, "evaluator") | {"num_cpus": 1}) for _ in range(min(cpus, len(jobs)) - 1)]
+        for _ in range(min(cpus, len(jobs)) - 1):
+            self.more(options(self.cfg, "evaluator") | {"num_cpus": 1})
         joining = {actor.ready.remote(): actor for actor in self.actors}
         waiting, free, running, outcomes = list(jobs), [], {}, []
         while waiting or running:
-            ready, _ = ray.wait([*joining, *running], num_returns=1, timeout=PATIENCE * self.cfg.resources.call_timeout_s)
+            ready = self.supervisor.wait([*joining, *running], PATIENCE * self.cfg.resources.call_timeout_s, patient=True)
             if not ready:
                 raise RunError(f"no evaluator answered within {PATIENCE} x resources.call_timeout_s; the same command evaluates again")
             for ref in ready:
@@ -76,7 +78,7 @@ class Evaluators:
             while waiting and free:
                 actor = free.pop(0)
                 running[actor.run.remote(waiting.pop(0))] = actor
-        self.collect(self.cfg.resources.call_timeout_s)
+        self.collect(PATIENCE * self.cfg.resources.call_timeout_s)
         (diagnosed,) = self.call([self.actors[0].measure.remote([])], "an evaluator")
         return outcomes, diagnosed.diagnostics
 

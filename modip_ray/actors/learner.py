@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ import ray
 
 from modip_ray.actors.batches import BatchSource
 from modip_ray.actors.placement import sees
+from modip_ray.actors.pulse import GROUP, PULSE, Life, Pulse
 from modip_ray.config import Config
 from modip_ray.learning.build import Spec, agent_of, device_of
 from modip_ray.learning.checkpoint import Checkpoint, write_state
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.live import newest_state, write_snapshot
 from modip_ray.learning.replay_server import shard_updates
 from modip_ray.learning.updater import Updater, learner_state, load_learner
 from modip_ray.model.hardware import prepare_process
@@ -33,39 +36,56 @@ class LearnerReport(NamedTuple):
     incidents: list[str]
 
 
-@ray.remote(max_restarts=0)
+@ray.remote(max_restarts=-1, max_task_retries=-1, concurrency_groups=GROUP)
 class LearnerActor:
-    def __init__(self, cfg: Config, spec: Spec, stream: Stream, replays: Sequence[str], store: str, checkpoint: Checkpoint | None):
+    """Killed, it goes on from its last snapshot: the updates since are made again, on other data if more is there by now. Any call may be repeated."""
+
+    def __init__(self, cfg: Config, spec: Spec, stream: Stream, replays: Sequence[str], store: str, checkpoint: Checkpoint | None, live: Path | None = None):
+        """live: where snapshots are kept; then it is from there, or the run's newest checkpoint of now, that it begins, not from the one given."""
         prepare_process(cfg.resources.torch_threads)
-        self.cfg, self.stream, self.timer = cfg, stream, Timer()
+        self.cfg, self.stream, self.timer, self.live = cfg, stream, Timer(), live
         self.store = ray.get_actor(store)
         self.learner = Learner(cfg, agent_of(cfg, spec, device_of(cfg, cfg.resources.learner_gpus)), cfg.seed)
         self.updater = Updater(cfg, self.learner, self.timer)
         used = [0] * len(replays)
-        for part in STREAMS if checkpoint is not None else ():
-            state = checkpoint.read(f"learner_{part}")
-            load_learner(self.learner, part, state)
+        self.life = Life(self.timer)
+        for part in STREAMS:
+            state, source = newest_state(f"learner_{part}", "updates", live, checkpoint)
+            if state is not None:
+                load_learner(self.learner, part, state)
+                if part == stream:
+                    used = shard_updates(state, len(replays)).tolist()
             if part == stream:
-                used = shard_updates(state, len(replays)).tolist()
+                self.life.note = f"from update {self.updater.count(stream)} on ({source})"
         self.batches = BatchSource([ray.get_actor(name) for name in replays], stream, used, cfg.replay.prefetch, cfg.resources.call_timeout_s, self.timer)
         self.versions: dict[str, int] = {}
         self.exchanged_at = float("-inf")
         self.sent: deque[ray.ObjectRef] = deque()
+        self.writer, self.writing, self.snapshot_at = ThreadPoolExecutor(1, "snapshot"), Future(), time.monotonic()
+        self.writing.set_result(None)
+        self.incidents: list[str] = []
+
+    @ray.method(**PULSE)
+    def pulse(self) -> Pulse:
+        return self.life.pulse()
 
     def sees(self, folder: str, token: str) -> bool:
         return sees(folder, token)
 
     def work(self, seconds: float) -> LearnerReport:
         """Updates for about so many seconds; batches are fetched ahead and stay on their way between two calls."""
+        torch.set_num_threads(self.cfg.resources.torch_threads)                     # counts for the thread that calls it
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
+            if time.monotonic() - self.snapshot_at >= self.cfg.resources.snapshot_s:
+                self.keep_snapshot()
             if time.monotonic() - self.exchanged_at >= self.cfg.planner.weights_every_s:
                 self.exchange()
             batch = self.batches.next()
             if batch is not None:
                 self.updater.update(self.stream, batch)
-        return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot(),
-                             self.updater.take_incidents())
+        incidents, self.incidents = self.incidents + self.updater.take_incidents(), []
+        return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot(), incidents)
 
     def update(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
         """One update on a given batch (tests compare it with the serial one)."""
@@ -112,9 +132,22 @@ class LearnerActor:
     def weights(self) -> np.ndarray:
         return self.learner.agent.flat(self.stream)
 
+    def state(self) -> dict[str, np.ndarray]:
+        return learner_state(self.learner, [self.stream])[self.stream] | {"shard_updates": np.array(self.batches.used)}
+
+    def keep_snapshot(self) -> None:
+        """Copy the state and write it beside the updates. One that cannot be written is said, and no reason to stop."""
+        self.snapshot_at = time.monotonic()
+        if self.live is None or not self.writing.done():
+            return
+        error = self.writing.exception()
+        if error is not None:
+            self.incidents.append(f"the {self.stream} learner's snapshot could not be written ({error}); should it die, it goes on from an older one")
+        with self.timer("snapshot"):
+            self.writing = self.writer.submit(write_snapshot, self.live, f"learner_{self.stream}", self.state())
+
     def save(self, folder: str) -> int:
-        state = learner_state(self.learner, [self.stream])[self.stream]
-        write_state(Path(folder), f"learner_{self.stream}", state | {"shard_updates": np.array(self.batches.used)})
+        write_state(Path(folder), f"learner_{self.stream}", self.state())
         return self.updater.count(self.stream)
 
     def get(self, ref: ray.ObjectRef) -> Any:

@@ -14,6 +14,7 @@ import ray
 
 from modip_ray.actors.batching import BatchQueue
 from modip_ray.actors.channel import Server
+from modip_ray.actors.pulse import ASYNC_PULSE, Life, Pulse
 from modip_ray.config import Config
 from modip_ray.learning.collector import Planned, Query
 from modip_ray.timing import Timer
@@ -34,7 +35,7 @@ def plan_server(cfg: Config, obs_dim: int, action_dim: int, gpus: float, replica
     return PlanServer(cfg, Planner(cfg, agent, seed=cfg.seed + replica, timer=timer), lambda: torch.set_num_threads(cfg.resources.torch_threads))
 
 
-@ray.remote(max_restarts=-1)
+@ray.remote(max_restarts=-1, max_task_retries=-1)
 class PlannerActor:
     """Stateless but for weights and warm starts, so Ray may restart it: it pulls the weights again. Queries come by actors/channel.py.
 
@@ -52,6 +53,11 @@ class PlannerActor:
         self.versions: dict[str, int] = {}
         self.pulling: asyncio.Task | None = None
         self.pulled_at = float("-inf")
+        self.life = Life(self.timer)
+
+    @ray.method(**ASYNC_PULSE)
+    async def pulse(self) -> Pulse:
+        return self.life.pulse()
 
     async def address(self) -> tuple[str, int]:
         """Where queries are answered."""

@@ -8,16 +8,18 @@ by* a method for a dead actor, and has no time-out for a call.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
+from modip_ray.actors.errors import raise_cause
 from modip_ray.actors.placement import options
+from modip_ray.actors.pulse import Heart, Pulse
 from modip_ray.actors.rollout import Hello, RolloutReport, RolloutWorker
+from modip_ray.actors.supervisor import PULSES, Supervisor, no_pulses
 from modip_ray.learning.system import Setup, Snapshot
 from modip_ray.runfolder import RunError
 from modip_ray.timing import Timer, merge_snapshots
@@ -30,20 +32,6 @@ GONE = "gone"                       # times of all workers that were lost
 ALONE_S = 60.0                      # without any worker for so long: say so
 
 
-def short(error: BaseException) -> str:
-    """One plain line of what Ray says in many: of an actor whose constructor raised, what it raised."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return lines[-1] if "creation task" in lines[0] else lines[0]
-
-
-def raise_cause(error: Exception, who: str) -> NoReturn:
-    """What an actor's method raised: errors of environments and hooks as they are, Ray's own (another actor that is gone) as RunError."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, RayError):
-        raise RunError(f"{who}: {type(cause).__name__}: {short(cause)}; the same command resumes from the last checkpoint") from error
-    raise cause from error
-
-
 class Slot:
     """A place for a worker: its actor, who it said it is (None: not there yet), and its calls in flight with the steps asked for."""
 
@@ -52,6 +40,8 @@ class Slot:
         self.actor: Any = None
         self.hello: ray.ObjectRef | None = None
         self.member: Hello | None = None
+        self.heart: Heart | None = None
+        self.pulse: Pulse | None = None
         self.calls: dict[ray.ObjectRef, int] = {}
         self.heard_at, self.deaths, self.fill_at = 0.0, 0, 0.0                      # deaths: since its last report
 
@@ -61,7 +51,8 @@ class Slot:
 
 
 class RolloutPool:
-    def __init__(self, setup: Setup, planners: Sequence[str], replays: Sequence[str], key: bytes, taken: int):
+    def __init__(self, setup: Setup, planners: Sequence[str], replays: Sequence[str], key: bytes, taken: int, supervisor: Supervisor):
+        self.supervisor, self.retiring = supervisor, []                             # retiring: what the replay has not confirmed yet
         self.setup, self.cfg, self.planners, self.replays, self.key = setup, setup.cfg, planners, replays, key
         self.before = taken                                                         # steps stored before these workers existed
         self.totals: dict[str, int] = {}                                            # steps executed, by incarnation
@@ -77,6 +68,7 @@ class RolloutPool:
         self.slots = [Slot(i) for i in range(self.cfg.rollout.most)]
         for slot in self.slots:
             self.fill(slot)
+        supervisor.also = self.look
 
     @property
     def members(self) -> list[Slot]:
@@ -116,10 +108,14 @@ class RolloutPool:
                 self.take(slot, ref)
         now, limit = time.monotonic(), self.cfg.resources.call_timeout_s
         for slot in self.slots:
+            if self.supervisor.away:                                                # it may be waiting for a role that is away
+                slot.heard_at = now
             if slot.calls and now - slot.heard_at > limit:
                 self.drop(slot, f"did not answer for {limit:g} s (resources.call_timeout_s)")
             if slot.actor is None and now >= slot.fill_at:
                 self.fill(slot)
+        confirmed, self.retiring = ray.wait(self.retiring, num_returns=len(self.retiring), timeout=0) if self.retiring else ([], [])
+        self.supervisor.call(confirmed, "the replay")
         if self.members:
             self.alone_since = now
         elif now - self.alone_since > ALONE_S:
@@ -136,6 +132,7 @@ class RolloutPool:
             return
         if ref == slot.hello:
             slot.hello, slot.member, slot.heard_at = None, found, time.monotonic()
+            slot.heart = Heart(slot.actor, self.cfg.resources.silent_s / PULSES)
             self.joined += 1
             if self.joined > self.cfg.rollout.least:
                 self.incidents.append(f"{slot.name} joined, {len(self.members)} there")
@@ -143,6 +140,19 @@ class RolloutPool:
             slot.heard_at = time.monotonic()
             del slot.calls[ref]
             self.note(slot, found)
+
+    def look(self, elapsed_s: float) -> dict[str, list[Pulse]]:
+        """Drop the workers that do not answer; pulses of the others."""
+        limit = self.cfg.resources.silent_s
+        for slot in self.members:
+            found = slot.heart.beat(elapsed_s)
+            if isinstance(found, Pulse):
+                slot.pulse = found
+            elif found is not None:
+                self.drop(slot, f"died ({type(found).__name__})")
+            elif slot.heart.silent_s > limit:
+                self.drop(slot, f"did not answer for {limit:g} s (resources.silent_s)")
+        return {"rollout": [slot.pulse for slot in self.members if slot.pulse is not None]}
 
     def note(self, slot: Slot, report: RolloutReport) -> None:
         self.totals[report.incarnation], self.acknowledged[report.incarnation] = report.total, report.stored
@@ -153,10 +163,12 @@ class RolloutPool:
     def drop(self, slot: Slot, why: str) -> None:
         """Forget a worker (what it sent and the replay has is safe) and ask for another one, later each time that none comes to work."""
         ready = slot.member is not None
-        ray.kill(slot.actor)
+        ray.kill(slot.actor)                                                        # also a stopped process, which Ray kills after 5 s
+        if ready:                                                                   # should it come to itself before, what it sends is refused
+            self.retiring += [ray.get_actor(name).retire.remote(slot.member.incarnation) for name in self.replays]
         if ready and slot.member.incarnation in self.snapshots:
             self.snapshots[GONE] = merge_snapshots([self.snapshots.get(GONE, Timer().snapshot()), self.snapshots.pop(slot.member.incarnation)])
-        slot.actor = slot.hello = slot.member = None
+        slot.actor = slot.hello = slot.member = slot.heart = slot.pulse = None
         slot.calls, slot.deaths, self.lost = {}, slot.deaths + 1, self.lost + ready
         slot.fill_at = time.monotonic() + (min(BACK_OFF_S, 2.0 ** (slot.deaths - 2)) if slot.deaths > 1 else 0.0)
         if ready or slot.deaths > QUIET_DEATHS:
@@ -170,13 +182,19 @@ class RolloutPool:
 
     def flush(self) -> None:
         """Open segments of all workers into the replay."""
-        calls = {slot.actor.flush.remote(): slot for slot in self.members}
-        for ref, slot in calls.items():
+        calls = {slot.actor.flush.remote(): (slot, slot.actor) for slot in self.members}
+        ready = self.supervisor.wait(list(calls), self.cfg.resources.call_timeout_s, len(calls), patient=True) if calls else []
+        for ref, (slot, actor) in calls.items():
+            if slot.actor is not actor:                                             # dropped meanwhile
+                continue
             try:
-                self.note(slot, ray.get(ref, timeout=self.cfg.resources.call_timeout_s))
+                if ref not in ready:
+                    self.drop(slot, f"did not send its last segments within {self.cfg.resources.call_timeout_s:g} s (resources.call_timeout_s)")
+                else:
+                    self.note(slot, ray.get(ref))
             except RayTaskError as error:
                 raise_cause(error, slot.name)
-            except (RayActorError, GetTimeoutError) as error:
+            except RayActorError as error:
                 self.drop(slot, f"was lost while it sent its last segments ({type(error).__name__})")
 
     def stored(self, env_steps: int) -> None:
@@ -193,3 +211,4 @@ class RolloutPool:
             if slot.actor is not None:
                 ray.kill(slot.actor)
         self.slots = []
+        self.supervisor.also = no_pulses

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 
 from modip_ray.actors.placement import sees
+from modip_ray.actors.pulse import ASYNC_PULSE, Life, Pulse
 from modip_ray.config import Config
 from modip_ray.learning.checkpoint import Checkpoint, newest
 from modip_ray.learning.limiter import COLLECTION_WAITS, LEARNING_WAITS, STREAMS, Stream
@@ -28,23 +28,27 @@ class Ack(NamedTuple):
     may_collect: bool
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class ReplayActor:
     """One of replay.shards, with its own part of the offline episodes.
 
-    Killed, it comes back by itself as it was: from the newest checkpoint of the run's folder and from its journal. Calls that were on their way fail with
-    RayActorError (ActorUnavailableError among them) and can be made again: a segment that is stored is known by its id, a batch is asked for by the
-    number of its update.
+    Killed, it comes back by itself as it was: from the newest checkpoint of the run's folder and from its journal. Ray makes the
+    calls again that were on their way, which does no harm: a segment that is stored is known by its id, a batch is asked for by the number of its update.
     """
 
     def __init__(self, cfg: Config, episodes: list[Episode], checkpoint: Checkpoint | None, shard: int = 0, folder: Path | None = None):
         """folder: the run's; its newest checkpoint of now counts, not the one given."""
-        self.timer, self.incarnation = Timer(), uuid.uuid4().hex[:8]
+        self.timer = Timer()
         if folder is not None:
             checkpoint = newest(folder / "checkpoints")
         self.server = restored_replay(cfg, episodes, checkpoint, folder, shard)
         self.limiter = self.server.limiter
         self.changed = asyncio.Condition()
+        self.life = Life(self.timer, f"with {self.server.env_steps} environment steps")
+
+    @ray.method(**ASYNC_PULSE)
+    async def pulse(self) -> Pulse:
+        return self.life.pulse()
 
     async def sees(self, folder: str, token: str) -> bool:
         return sees(folder, token)
@@ -102,7 +106,7 @@ class ReplayActor:
     async def status(self) -> dict[str, Any]:
         return {"env_steps": self.server.env_steps, "allowed": {s: self.limiter.allowed(s) for s in STREAMS}, "ahead": self.limiter.ahead(),
                 "transitions": self.server.replay.online.size, "segments": len(self.server.replay.seen),
-                "incarnation": self.incarnation, "refused": self.server.refused, "damaged": self.server.damaged, "timing": self.timer.snapshot()}
+                "incarnation": self.life.incarnation, "refused": self.server.refused, "damaged": self.server.damaged, "timing": self.timer.snapshot()}
 
     async def save(self, folder: str) -> int:
         """The checkpoint is of the one moment between two steps that read and write files beside the loop. Returns the environment steps in it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from modip_ray.actors.channel import Connection
+from modip_ray.actors.pulse import GROUP, PULSE, Life, Pulse
 from modip_ray.config import Config
 from modip_ray.learning.collector import Collector, Planned, Query, SegmentHook
 from modip_ray.learning.segment import Segment
@@ -47,7 +47,7 @@ class Group:
         self.asked = False
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=GROUP)
 class RolloutWorker:
     """Holds nothing that matters: one that is gone is replaced (actors/pool.py) by a new incarnation with new episodes.
 
@@ -59,11 +59,16 @@ class RolloutWorker:
         """audit: folder where it keeps a record of what the replay has answered for; see `log.audit`."""
         self.cfg, self.env_factory, self.hook, self.slot, self.names, self.timer = cfg, env_factory, hook, slot, (planner, replay), Timer()
         self.key = key
-        self.incarnation = uuid.uuid4().hex[:8]
+        self.life = Life(self.timer)
+        self.incarnation = self.life.incarnation
         self.acks: deque[tuple[ray.ObjectRef, list[Segment]]] = deque()
         self.record = open(audit / self.incarnation, "ab", buffering=0) if audit is not None else None
         self.total, self.stored, self.turn = 0, 0, 0
         self.returns: list[float] = []
+
+    @ray.method(**PULSE)
+    def pulse(self) -> Pulse:
+        return self.life.pulse()
 
     def hello(self) -> Hello:
         """Build the environments; what they raise reaches the driver as it is."""
@@ -77,11 +82,10 @@ class RolloutWorker:
             self.groups.append(Group(collector, (self.slot, g)))
         return Hello(self.incarnation, ray.get_runtime_context().get_node_id())
 
-    def pid_and_modules(self) -> tuple[int, list[str]]:
-        """The process, and the top-level packages that it has imported (a test looks for torch)."""
-        import os
+    def modules(self) -> list[str]:
+        """The top-level packages that this process has imported (a test looks for torch)."""
         import sys
-        return os.getpid(), sorted({name.partition(".")[0] for name in sys.modules})
+        return sorted({name.partition(".")[0] for name in sys.modules})
 
     def run(self, steps: int, seconds: float) -> RolloutReport:
         """Collect so many environment steps (to the end of a group step), or for so many seconds. Plans that are on their way stay so between calls."""

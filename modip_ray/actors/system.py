@@ -11,25 +11,32 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from modip_ray.actors.cluster import Cluster
 from modip_ray.actors.evaluators import AT_ONCE_S, Evaluators
 from modip_ray.actors.learner import LearnerActor, LearnerReport
 from modip_ray.actors.placement import PROBE, options
 from modip_ray.actors.planner import PlannerActor
-from modip_ray.actors.pool import RolloutPool, raise_cause, short
+from modip_ray.actors.pool import RolloutPool
 from modip_ray.actors.replay import ReplayActor
+from modip_ray.actors.supervisor import Supervisor
 from modip_ray.actors.weights import WeightStore
 from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import write_state
 from modip_ray.learning.evaluation import Job, Outcome
 from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.live import LIVE, open_live
 from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status, saved_bc
+from modip_ray.learning.weights import Newer
 from modip_ray.runfolder import RunError
 from modip_ray.timing import Timer, merge_snapshots
 
 SLICE_S = 1.0                       # one call of a worker or learner
+
+
+def numbered(name: str, i: int, n: int) -> str:
+    return name if n == 1 else f"{name} {i}"
 
 
 class RaySystem:
@@ -43,36 +50,52 @@ class RaySystem:
             raise
 
     def build(self) -> None:
-        cfg, checkpoint, spec, run = self.cfg, self.setup.checkpoint, self.setup.spec, uuid.uuid4().hex[:8]
+        cfg, spec, run = self.cfg, self.setup.spec, uuid.uuid4().hex[:8]
         shards, episodes = cfg.replay.shards, self.setup.episodes
         if len(episodes) < shards:
             raise ConfigError(f"replay.shards: got {shards}, but the data have {len(episodes)} episode(s), and each shard needs one")
         self.store_name = f"store-{run}"                                            # names: an actor handle among the arguments of one that may restart
         self.replay_names = [f"replay-{run}-{i}" for i in range(shards)]            # would make Ray warn
         self.planner_names = [f"planner-{run}-{i}" for i in range(cfg.planner.replicas)]
-        self.store = WeightStore.options(name=self.store_name, **options(cfg, "store")).remote()
-        started = self.store.put.remote("agent", 0, spec.weights)
-        self.replays = [ReplayActor.options(name=name, **options(cfg, "replay")).remote(cfg, episodes[i::shards], checkpoint, i, self.setup.folder)
+        folder, checkpoint = self.setup.folder, self.setup.checkpoint
+        live = open_live(folder, run) if folder is not None else None
+        self.supervisor = watch = Supervisor(cfg.resources, folder / LIVE if folder is not None else None)
+        self.call = watch.call
+        self.bc, self.final = saved_bc(checkpoint), {}                              # final: all weights, once training is over
+        self.env_steps, self.pool = 0, None
+        self.store = watch.add("the weight store", "store", WeightStore.options(name=self.store_name, **options(cfg, "store")).remote(spec.weights),
+                               self.restore_weights)
+        self.replays = [ReplayActor.options(name=name, **options(cfg, "replay")).remote(cfg, episodes[i::shards], checkpoint, i, folder)
                         for i, name in enumerate(self.replay_names)]
         learner = LearnerActor.options(**options(cfg, "learner"))
-        self.learners = {s: learner.remote(cfg, spec, s, self.replay_names, self.store_name, checkpoint) for s in STREAMS}
-        self.call([started], "the weight store")
+        self.learners = {s: learner.remote(cfg, spec, s, self.replay_names, self.store_name, checkpoint, live) for s in STREAMS}
+        for i, actor in enumerate(self.replays):
+            watch.add(numbered("the replay", i, shards), "replay", actor)
+        for stream, actor in self.learners.items():
+            watch.add(f"the {stream} learner", f"learner_{stream}", actor)
         self.counts: dict[Stream, int] = dict(zip(STREAMS, self.call([self.learners[s].settle.remote() for s in STREAMS], "the learners' start"), strict=True))
         self.check_folder()
         self.key = secrets.token_bytes(32)
         line, make_server = ("127.0.0.1" if self.cluster.private else None, self.key), [self.setup.plan_server] if self.setup.plan_server is not None else []
         planner = [PlannerActor.options(name=name, **options(cfg, "planner")) for name in self.planner_names]
         self.planners = [p.remote(cfg, spec.obs_dim, spec.action_dim, self.store_name, line, i, *make_server) for i, p in enumerate(planner)]
-        self.evaluators = Evaluators(cfg, spec, self.setup.env_factory, self.store_name, self.replay_names[0], self.call)
+        for i, actor in enumerate(self.planners):
+            watch.add(numbered("the planner", i, cfg.planner.replicas), "planner", actor)
+        self.evaluators = Evaluators(cfg, spec, self.setup.env_factory, self.store_name, self.replay_names[0], watch)
         self.env_steps = self.replay_status()["env_steps"]
-        self.pool: RolloutPool | None = None
         self.working: dict[ray.ObjectRef, tuple[Stream, float]] = {}
         self.snapshots: dict[str, dict[Any, Snapshot]] = {}
-        self.incidents: list[str] = []                                              # of the learners
         self.totals_before = np.zeros(4)                                            # BatchQueue.totals of all planners at the last gauges
-        self.bc = saved_bc(checkpoint)
         if self.bc is not None:
-            self.call([self.store.put.remote("bc", 0, self.bc)], "the weight store")
+            self.restore_weights()
+
+    pool: RolloutPool | None
+    final: Newer
+
+    def restore_weights(self) -> None:
+        """Into the store, which may have begun anew, what only the driver knows. Not waited for: an answer that is missing is the store's own silence."""
+        bc = {"bc": (0, self.bc)} if self.bc is not None else {}
+        self.restoring = self.store.restore.remote(self.final | bc, self.env_steps)
 
     def check_folder(self) -> None:
         """ConfigError where replay or learners could not write their checkpoint parts into the run's folder."""
@@ -99,8 +122,10 @@ class RaySystem:
                 self.keep_learners_busy()
                 for report in self.learner_reports(max(0.0, min(SLICE_S / 2, deadline - time.monotonic()))):
                     metrics |= report.metrics
+        self.supervisor.look()
+        self.supervisor.progressed(self.env_steps, *self.counts.values())
         returns, incidents = self.pool_news()
-        incidents, self.incidents = self.incidents + incidents, []
+        incidents += self.supervisor.take_incidents()
         return Status(self.env_steps, self.counts["model"], self.counts["policy"], done, metrics, returns, incidents)
 
     def is_done(self, phase: Phase) -> bool:
@@ -117,7 +142,7 @@ class RaySystem:
         if self.env_steps >= target:
             return
         if self.pool is None:
-            self.pool = RolloutPool(self.setup, self.planner_names, self.replay_names, self.key, self.env_steps)
+            self.pool = RolloutPool(self.setup, self.planner_names, self.replay_names, self.key, self.env_steps, self.supervisor)
         pool = self.pool
         pool.gather()
         pool.collect(target - pool.taken, SLICE_S)
@@ -136,15 +161,16 @@ class RaySystem:
     def learner_reports(self, wait_s: float) -> list[LearnerReport]:
         """Reports that are there, all of them, after waiting for the first one."""
         with self.timer("wait/learners"):
-            ray.wait(list(self.working), num_returns=1, timeout=wait_s)
-        ready, _ = ray.wait(list(self.working), num_returns=len(self.working), timeout=0)
+            ready = self.supervisor.wait(list(self.working), wait_s)
         reports = self.call(ready, "a learner")
         for ref in ready:
             del self.working[ref]
         for report in reports:
             self.counts[report.stream] = report.count
             self.snapshots.setdefault("learner", {})[report.stream] = report.timing
-            self.incidents += report.incidents
+            self.supervisor.incidents += report.incidents
+        if self.supervisor.away:                                                    # it may be one of them, or one that they wait for
+            self.working = {ref: (stream, time.monotonic()) for ref, (stream, _) in self.working.items()}
         oldest = min((at for _, at in self.working.values()), default=time.monotonic())
         if time.monotonic() - oldest > self.cfg.resources.call_timeout_s + 2 * SLICE_S:
             raise RunError(f"a learner did not answer for {self.cfg.resources.call_timeout_s:g} s (resources.call_timeout_s); "
@@ -168,7 +194,8 @@ class RaySystem:
     def freeze_bc(self) -> None:
         self.settle()
         self.bc = self.call([self.learners["policy"].weights.remote()], "the policy learner")[0].copy()
-        self.call([self.store.put.remote("bc", 0, self.bc)], "the weight store")
+        self.restore_weights()
+        self.call([self.restoring], "the weight store")
 
     def settle(self) -> None:
         """Let the learners' calls in flight end, and have their newest weights in the store."""
@@ -196,16 +223,17 @@ class RaySystem:
         """There is an evaluator for each processor, and training has made room."""
         self.settle()
         self.remember_timings()
-        self.stop_training()
         self.call([self.store.set_env_steps.remote(self.env_steps)], "the weight store")
+        ((self.final, _),) = self.call([self.store.newer.remote({})], "the weight store")
+        self.stop_training()
         outcomes, diagnostics = self.evaluators.run_all(jobs, self.cluster.cpus(), progress)
         return Report(self.env_steps, self.counts["model"], outcomes, diagnostics)
 
     def stop_training(self) -> None:
         if self.pool is not None:
             self.pool.close()
-        for actor in (*self.planners, *self.learners.values()):
-            ray.kill(actor)
+        for group in ("planner", *(f"learner_{stream}" for stream in STREAMS)):
+            self.supervisor.remove(group)
         self.planners, self.learners = [], {}
 
     # ---- the rest ----------------------------------------------------------------------------------------------------------------------------
@@ -216,6 +244,7 @@ class RaySystem:
         found = {f"replay/{k}": float(replay[k]) for k in ("ahead", "transitions", "segments")} | {"replay/stored": float(replay["env_steps"])}
         if self.pool is not None:
             found |= self.pool.gauges()
+        found |= self.supervisor.gauges()
         planners = self.planner_statuses()
         if not planners:
             return found
@@ -253,17 +282,9 @@ class RaySystem:
             self.snapshots["rollout"] = dict(self.pool.snapshots)
         self.snapshots["evaluator"] = self.evaluators.timings()
 
-    def call(self, refs: Sequence[ray.ObjectRef], who: str) -> list[Any]:
-        """Results, or RunError naming who died or did not answer in time; errors that an actor raised come as they are."""
-        try:
-            return ray.get(list(refs), timeout=self.cfg.resources.call_timeout_s)
-        except GetTimeoutError as error:
-            limit = f"{self.cfg.resources.call_timeout_s:g} s (resources.call_timeout_s)"
-            raise RunError(f"{who} did not answer within {limit}; the same command resumes from the last checkpoint") from error
-        except RayTaskError as error:
-            raise_cause(error, who)
-        except RayActorError as error:
-            raise RunError(f"{who} died ({short(error)}); the same command resumes from the last checkpoint") from error
+    def processes(self) -> dict[str, list[int]]:
+        """Process ids by role: "driver", "store", "replay", "learner_model", "learner_policy", "planner", "evaluator", "rollout"."""
+        return self.supervisor.processes()
 
     def close(self) -> None:
         self.cluster.close()

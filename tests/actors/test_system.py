@@ -81,9 +81,11 @@ def run(cluster):
     facts = {"setup": s, "pretrained": pretrained, "bc": system.bc}
     while system.env_steps < 40:
         system.advance("online", 0.3, until=10**9)
-    worker = system.pool.members[0].actor
-    pid, facts["modules"] = ray.get(worker.pid_and_modules.remote())
-    os.kill(pid, signal.SIGKILL)
+    facts["modules"] = ray.get(system.pool.members[0].actor.modules.remote())
+    while "rollout" not in system.processes():
+        system.advance("online", 0.3, until=10**9)
+    facts["processes"] = system.processes()
+    os.kill(facts["processes"]["rollout"][0], signal.SIGKILL)
     facts["online"], facts["incidents"] = finish(system, "online")
     facts["planner"] = ray.get(system.planners[0].status.remote())
     facts["gauges"] = system.gauges()
@@ -110,7 +112,7 @@ def test_the_same_update_on_the_same_batch_bit_for_bit(cluster):
     from modip_ray.actors.replay import ReplayActor
     from modip_ray.actors.weights import WeightStore
     s = setup()
-    kept = [WeightStore.options(name="store-t").remote()]                           # a named actor lives as long as its handle
+    kept = [WeightStore.options(name="store-t").remote(s.spec.weights)]                           # a named actor lives as long as its handle
     kept += [ReplayActor.options(name="replay-t").remote(s.cfg, s.episodes, None)]
     replay = build_replay(s.cfg, s.episodes)
     updater = Updater(s.cfg, Learner(s.cfg, agent_of(s.cfg, s.spec, torch.device("cpu")), s.cfg.seed))
