@@ -34,6 +34,11 @@ TRAIN = {
     "distill/share": Measure("share", "of the policy's batches that the distillation rule lets it imitate"),
     "rollout/return": Measure("reward", "finished training episodes, exploration included"),
 }
+ROLES = {                           # processes, by the names of <run>/live/processes.json
+    "driver": "the driver process", "store": "the weight store", "replay": "the replay actors", "learner_model": "the learner of world model and critic",
+    "learner_policy": "the policy's learner", "planner": "the planners", "evaluator": "the evaluators", "rollout": "the rollout workers",
+}
+RESTARTED = tuple(role for role in ROLES if role not in ("driver", "rollout"))      # by Ray; the others end the run, or are replaced
 SYSTEM = {
     "rollout/workers": Measure("", "rollout workers at work"),
     "rollout/nodes": Measure("", "machines that they are on"),
@@ -51,6 +56,7 @@ SYSTEM = {
     "planner/updates_behind": Measure("updates", "that the planner's world model lacks, the oldest planner's"),
     "planner/seconds_behind": Measure("s", "since the weights that the planner lacks were published"),
     "planner/not_finite": Measure("plans", "that were not finite: the policy's own action was taken, since this process began"),
+    **{f"{role}/restarts": Measure("", f"restarts of {ROLES[role]} since this process began") for role in RESTARTED},
     "driver/rss_mb": Measure("MB", "memory of the driver process"),
     "run/incidents": Measure("", "workers lost, planners restarted and the like, in the whole run"),
     "run/resumes": Measure("", "times that the run went on from a checkpoint"),
