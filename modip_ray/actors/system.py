@@ -199,9 +199,11 @@ class RaySystem:
 
     def settle(self) -> None:
         """Let the learners' calls in flight end, and have their newest weights in the store."""
+        wanted = dict(self.counts)
         while self.working:
             self.learner_reports(SLICE_S)
-        self.call([learner.settle.remote() for learner in self.learners.values()], "a learner")
+        while any(n < wanted[s] for s, n in zip(self.learners, self.call([a.settle.remote() for a in self.learners.values()], "a learner"), strict=True)):
+            self.call([learner.work.remote(SLICE_S) for learner in self.learners.values()], "a learner")      # one that began anew catches up
 
     def save(self, folder: Path) -> Counts:
         with self.timer("checkpoint"):
