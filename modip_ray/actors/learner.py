@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import ray
+import torch
 
 from modip_ray.actors.batches import BatchSource
 from modip_ray.actors.placement import sees
