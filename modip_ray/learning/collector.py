@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from modip_ray.learning.checkpoint import as_bytes
-from modip_ray.learning.replay import Segment
+from modip_ray.learning.segment import Segment
 from modip_ray.tasks.env_group import EnvGroup, FinishedEpisode, Transitions
 from modip_ray.tasks.envs import EnvFactory
 

@@ -39,6 +39,7 @@ class ReplayBuffer:
         ends = np.cumsum(list(widths.values()))
         self.columns = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends.tolist(), strict=True)}
         self.steps = np.zeros((capacity, ends[-1]), np.float32)
+        self.whole = self.steps.view(np.int32)
         self.arrays: Batch = self.fields(self.steps)            # views, by field
         if plan_horizon:
             self.arrays |= {"gain": np.zeros(capacity, np.float32), "plan": np.zeros((capacity, plan_horizon, action_dim), np.float32)}
@@ -115,26 +116,16 @@ class ReplayBuffer:
         mask (B, H): the step exists; value_mask (B, H+1): s_{t+k} starts a stored step; n_step_return (B, H+1) = sum_{j<n} gamma^j r_{t+k+j};
         discount (B, H+1) = gamma^n, 0 after a termination; bootstrap_obs (B, H+1, Do) = s_{t+k+n}. n is cut at the segment's end.
         """
-        k = np.arange(horizon + 1)
-        remaining, end = self.arrays["remaining"][start, None], self.arrays["end"][start]             # (B, 1), (B,)
-        step = np.minimum(k, remaining - 1)                                         # (B, H+1) offsets that stay inside the segment
-        n = np.minimum(n_step, remaining - step)                                    # (B, H+1) steps really summed
-        inside = remaining - step > n                                               # the segment goes on behind the n steps
-        after = step + n - ~inside                                                  # where the n steps lead, or the segment's last record
-        positions = start[:, None] + np.concatenate([step, after], 1)
-        positions[positions >= self.capacity] -= self.capacity
-        got = self.steps.take(positions.ravel(), 0, mode="clip").reshape(len(start), 2, horizon + 1, self.steps.shape[1])   # the one gather
-        here, there = self.fields(got[:, 0]), self.fields(got[:, 1])                # (B, H+1, .)
-        gamma_n = self.powers(n)
-        obs, bootstrap = np.ascontiguousarray(here["obs"]), np.ascontiguousarray(there["obs"])
-        for observed, where in ((obs, k == remaining), (bootstrap, ~inside)):       # the true observation behind the segment's last action
-            rows, columns = np.nonzero(where)
-            observed[rows, columns] = self.end_obs[end[rows]]
-        terminated, exists = self.end_terminated[end][:, None], k < remaining
-        return {"obs": obs, "action": np.ascontiguousarray(here["action"][:, :horizon]), "reward": np.ascontiguousarray(here["reward"][:, :horizon]),
-                "terminated": (terminated & (k + 1 == remaining))[:, :horizon], "mask": exists[:, :horizon].astype(np.float32),
-                "value_mask": exists.astype(np.float32), "n_step_return": here["suffix"] - gamma_n * (there["suffix"] * inside),
-                "discount": gamma_n * (inside | ~terminated), "bootstrap_obs": bootstrap}
+        from modip_ray.learning.gather import gather  # compiled code, for those processes alone that sample
+        rows, k = len(start), horizon + 1
+        obs_dim, action_dim = self.arrays["obs"].shape[1], self.arrays["action"].shape[1]
+        obs, bootstrap, action = (np.empty((rows, n), np.float32) for n in (k * obs_dim, k * obs_dim, horizon * action_dim))
+        reward, mask, value_mask, returns, discount = (np.empty((rows, n), np.float32) for n in (horizon, horizon, k, k, k))
+        terminated, n_step = np.empty((rows, horizon), bool), min(n_step, self.capacity)
+        gather(self.steps, self.whole, start.astype(np.uint64), n_step, self.powers(n_step), self.end_obs, self.end_terminated,
+               obs, bootstrap, action, reward, terminated, mask, value_mask, returns, discount)
+        return {"obs": obs.reshape(rows, k, obs_dim), "action": action.reshape(rows, horizon, action_dim), "reward": reward, "terminated": terminated,
+                "mask": mask, "value_mask": value_mask, "n_step_return": returns, "discount": discount, "bootstrap_obs": bootstrap.reshape(rows, k, obs_dim)}
 
     def fields(self, steps: np.ndarray) -> Batch:
         """Views (..., width) of rows (..., F) by name, numbers without their axis of one. float32; remaining and end share its memory as int32."""
@@ -142,11 +133,11 @@ class ReplayBuffer:
         found = {name: (whole if name in ("remaining", "end") else steps)[..., columns] for name, columns in self.columns.items()}
         return {name: v if name in ("obs", "action") else v[..., 0] for name, v in found.items()}
 
-    def powers(self, n: np.ndarray) -> np.ndarray:
-        """gamma^n, float32, for n >= 0."""
-        if n.max(initial=0) >= len(self.gamma_powers):
-            return np.power(self.gamma, n).astype(np.float32)
-        return self.gamma_powers[n]
+    def powers(self, most: int) -> np.ndarray:
+        """gamma^n, float32, for n = 0 .. most at least."""
+        if len(self.gamma_powers) <= most:
+            self.gamma_powers = (self.gamma ** np.arange(most + 1)).astype(np.float32)
+        return self.gamma_powers
 
     def chunks(self, start: np.ndarray, horizon: int, n_step: int, planned: bool) -> Batch:
         """Targets of the denoising loss, from start positions (B,).

@@ -60,6 +60,7 @@ class ReplayFiles:
     def write(self, folder: Path, snapshot: Snapshot) -> dict[str, int]:
         """Links and new files into a checkpoint's folder; returns the sums of full chunks. May be called beside the rest."""
         for path in snapshot.links:
+            (folder / path.name).unlink(missing_ok=True)        # of a call before, which a restart cut short
             try:
                 os.link(path, folder / path.name)
             except OSError:                                     # a file system without links

@@ -39,6 +39,7 @@ class ReplayServer:
 
     def __init__(self, cfg: Config, replay: MixedReplay, journal: Journal | None = None, component: str = "replay"):
         """component: the name of this role's files in checkpoints."""
+        import modip_ray.learning.gather  # noqa: F401  compiled, or loaded, before the first batch is asked for
         self.files = ReplayFiles(component)
         self.cfg, self.replay, self.journal, self.limiter = cfg, replay, journal, RateLimiter(cfg)
         self.retired: set[str] = set()                              # incarnations of workers that were given up

@@ -177,6 +177,45 @@ def test_duplicate_ids_are_stored_once(numbers):
     assert mixed.online.total == sum(number + 1 for number in seen)
 
 
+# ---- the compiled gather against plain numpy
+
+def plain_sequences(buffer: ReplayBuffer, start: np.ndarray, horizon: int, n_step: int) -> dict[str, np.ndarray]:
+    """`ReplayBuffer.sequences`, array by array."""
+    k = np.arange(horizon + 1)
+    remaining, end = buffer.arrays["remaining"][start, None], buffer.arrays["end"][start]             # (B, 1), (B,)
+    step = np.minimum(k, remaining - 1)                                         # (B, H+1) offsets that stay inside the segment
+    n = np.minimum(n_step, remaining - step)                                    # (B, H+1) steps really summed
+    inside = remaining - step > n                                               # the segment goes on behind the n steps
+    after = step + n - ~inside                                                  # where the n steps lead, or the segment's last record
+    positions = start[:, None] + np.concatenate([step, after], 1)
+    positions[positions >= buffer.capacity] -= buffer.capacity
+    got = buffer.steps.take(positions.ravel(), 0, mode="clip").reshape(len(start), 2, horizon + 1, buffer.steps.shape[1])   # the one gather
+    here, there = buffer.fields(got[:, 0]), buffer.fields(got[:, 1])                # (B, H+1, .)
+    gamma_n = (buffer.gamma ** n).astype(np.float32)
+    obs, bootstrap = np.ascontiguousarray(here["obs"]), np.ascontiguousarray(there["obs"])
+    for observed, where in ((obs, k == remaining), (bootstrap, ~inside)):       # the true observation behind the segment's last action
+        rows, columns = np.nonzero(where)
+        observed[rows, columns] = buffer.end_obs[end[rows]]
+    terminated, exists = buffer.end_terminated[end][:, None], k < remaining
+    return {"obs": obs, "action": np.ascontiguousarray(here["action"][:, :horizon]), "reward": np.ascontiguousarray(here["reward"][:, :horizon]),
+            "terminated": (terminated & (k + 1 == remaining))[:, :horizon], "mask": exists[:, :horizon].astype(np.float32),
+            "value_mask": exists.astype(np.float32), "n_step_return": here["suffix"] - gamma_n * (there["suffix"] * inside),
+            "discount": gamma_n * (inside | ~terminated), "bootstrap_obs": bootstrap}
+
+
+@FAST
+@given(SEGMENTS, st.integers(9, 40), st.integers(0, 5), st.sampled_from([1, 2, 3, 7, 1000]), st.sampled_from([0.5, 0.99, 1.0]), st.integers(0, 99))
+def test_the_compiled_gather_equals_plain_numpy_bit_for_bit(segments, capacity, horizon, n_step, gamma, seed):
+    buffer = fill(capacity, segments, gamma)
+    buffer.arrays["obs"][:] += np.random.default_rng(seed).standard_normal(buffer.arrays["obs"].shape, dtype=np.float32)
+    start = np.concatenate([np.arange(buffer.size), buffer.draw(np.random.default_rng(seed), 30)])
+    ours, plain = buffer.sequences(start, horizon, n_step), plain_sequences(buffer, start, horizon, n_step)
+    assert ours.keys() == plain.keys()
+    for key, value in plain.items():
+        assert ours[key].dtype == value.dtype and ours[key].shape == value.shape, key
+        np.testing.assert_array_equal(ours[key], value, err_msg=key)
+
+
 # ---- by example
 
 def test_segments_without_an_id_are_never_duplicates():
