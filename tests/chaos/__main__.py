@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
 def run_test(name: str, work: Path, fast: bool, seed: int) -> dict[str, Any]:
     """The test's entry. Whatever goes wrong in it is a failure of that test alone."""
     trial, begun = Trial(work / name, fast, seed), time.monotonic()
+    shutil.rmtree(trial.folder, ignore_errors=True)                             # of an earlier time, with --keep
     print(f"{name} (seed {seed}) ...", flush=True)
     try:
         TESTS[name](trial)

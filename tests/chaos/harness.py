@@ -23,9 +23,9 @@ from tests.fakes import SMALL, write_data
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "MODIP_CHAOS"                                    # inherited by all that a test starts, so that its processes are found again whoever adopts them
 POLL_S = 0.05
-START_S = 180.0                                         # longest wait for a run to come to work, on a busy machine
+START_S = 400.0                                         # longest wait for a run to come to work, on a busy machine
 CALM = {"log.every_s": 0.5, "log.tensorboard": False, "log.ray_metrics": False, "eval.every_steps": 0, "log.checkpoint_every_s": 1e6}
-DEMO = CALM | {"data.transitions": 20_000, "pretrain.updates": 400, "pretrain.policy_updates": 400, "online.env_steps": 1_000_000,
+DEMO = CALM | {"data.transitions": 20_000, "pretrain.updates": 200, "pretrain.policy_updates": 200, "online.env_steps": 1_000_000,
                "online.min_online": 500}
 POINT = SMALL | CALM | {"online.env_steps": 1_000_000, "replay.capacity": 20_000}
 
@@ -217,8 +217,9 @@ class Trial:
             self.missed.append(what)
 
     def demo(self, name: str, **settings: Any) -> Run:
-        """The demo with a short offline phase and without end; its data are collected once for all tests."""
-        return Run(self.folder / name, DEMO | {"data.cache": str(self.folder.parent / "demo.hdf5")} | dotted(settings), "demo")
+        """The demo with a short offline phase and without end; its data are collected once for all tests that have episodes of the same length."""
+        cache = self.folder.parent / f"demo_{settings.get('task__max_episode_steps', 1000)}.hdf5"
+        return Run(self.folder / name, DEMO | {"data.cache": str(cache)} | dotted(settings), "demo")
 
     def point(self, name: str, **settings: Any) -> Run:
         """The tiny task of the tests, without end."""

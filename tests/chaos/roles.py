@@ -13,9 +13,10 @@ PROGRESS = {"planner": "env_steps", "replay": "env_steps", "learner_model": "upd
 
 
 def check_roles(trial: Trial) -> None:
-    """The demo, with evaluations beside the training. Serving again: its new process has answered; and the counter that it drives rises again."""
+    """The demo (fast: the tiny task), with evaluations beside the training. Serving again: its new process has answered; and the counter that it drives rises again."""
     times = trial.pick(1, 5)
-    run = trial.demo("run", log__audit=True, eval__every_steps=300, eval__every_episodes=1, task__max_episode_steps=200)
+    run = trial.pick(trial.point, trial.demo)("run", log__audit=True, eval__every_steps=300, eval__every_episodes=1,
+                                              task__max_episode_steps=trial.pick(30, 200))
     served = {role: [] for role in ROLES}
     with run, Ledger(run.path) as ledger:
         run.wait_for_steps(600)

@@ -15,7 +15,7 @@ def check_serial(trial: Trial) -> None:
     steps, kills = trial.pick((400, 1), (3000, 5))
     settings = {"serial": True, "online__env_steps": steps, "pretrain__updates": 60, "pretrain__policy_updates": 60, "online__min_online": 100,
                 "rollout__num_workers": 1, "rollout__envs_per_worker": 4, "task__max_episode_steps": 100, "data__transitions": 4000,
-                "data__cache": str(trial.folder / "data.hdf5"), "eval__episodes": 2, "log__every_s": 1e-6, "log__checkpoint_every_s": 0.3}
+                "eval__episodes": 2, "log__every_s": 1e-6, "log__checkpoint_every_s": 0.3}
     with trial.demo("plain", **settings) as plain:
         plain.finish()
     with trial.demo("killed", **settings) as run:
