@@ -176,6 +176,8 @@ class Rollout:
     envs_per_worker: int
     groups: int
     segment_length: int
+    env_timeout_s: float
+    max_env_failures: float
 
     @property
     def least(self) -> int:

@@ -16,7 +16,7 @@ POSITIVE = """
     policy.horizon policy.n_action_steps policy.width policy.denoising_steps policy.sampling_steps policy.batch_size policy.lr
     world_model.latent world_model.width world_model.batch_size world_model.horizon world_model.lr world_model.obs_std_floor world_model.simnorm_group
     world_model.grad_clip critic.members critic.n_step critic.pretrain_n_step critic.width critic.bound planner.horizon planner.n_action_steps planner.proposals
-    planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker rollout.groups rollout.segment_length
+    planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker rollout.groups rollout.segment_length rollout.env_timeout_s
     replay.shards replay.capacity replay.prefetch
     eval.episodes eval.every_episodes eval.bootstrap task.max_episode_steps data.transitions resources.torch_threads resources.call_timeout_s
     resources.silent_s resources.restart_s resources.snapshot_s

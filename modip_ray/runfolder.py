@@ -21,7 +21,8 @@ from modip_ray.config import Config, ConfigError, build, config_dir, merge, read
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, best, newest, write_synced
 from modip_ray.report.rundata import flatten
 
-FREE = ("run_dir", "serial", "resources.", "log.", "eval.", "online.env_steps", "rollout.num_workers", "planner.replicas")    # may differ when a run goes on
+FREE = ("run_dir", "serial", "resources.", "log.", "eval.", "online.env_steps", "rollout.num_workers", "rollout.env_timeout_s",
+        "rollout.max_env_failures", "planner.replicas")    # may differ when a run goes on
 PACKAGES = ("torch", "numpy", "ray", "gymnasium", "mujoco")
 
 

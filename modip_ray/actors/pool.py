@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from modip_ray.actors.errors import raise_cause
 from modip_ray.actors.placement import options
 from modip_ray.actors.pulse import Heart, Pulse
-from modip_ray.actors.rollout import Hello, RolloutReport, RolloutWorker
+from modip_ray.actors.rollout import ENVIRONMENTS, Hello, RolloutReport, RolloutWorker
 from modip_ray.actors.supervisor import PULSES, Supervisor, no_pulses
 from modip_ray.learning.system import Setup, Snapshot
 from modip_ray.runfolder import RunError
@@ -61,6 +61,7 @@ class RolloutPool:
         self.returns: list[float] = []
         self.incidents: list[str] = []
         self.joined, self.lost = 0, 0                                               # counts of events
+        self.crashed, self.hung, self.bad = 0, 0, 0                                 # of environments
         self.alone_since = time.monotonic()
         self.audit = setup.folder / "audit" if setup.folder is not None and self.cfg.log.audit else None
         if self.audit is not None:
@@ -148,16 +149,27 @@ class RolloutPool:
             found = slot.heart.beat(elapsed_s)
             if isinstance(found, Pulse):
                 slot.pulse = found
+                self.check_environments(slot, found)
             elif found is not None:
                 self.drop(slot, f"died ({type(found).__name__})")
             elif slot.heart.silent_s > limit:
                 self.drop(slot, f"did not answer for {limit:g} s (resources.silent_s)")
         return {"rollout": [slot.pulse for slot in self.members if slot.pulse is not None]}
 
+    def check_environments(self, slot: Slot, pulse: Pulse) -> None:
+        """A worker whose environment does not come back from a step is given up: nothing else can end that."""
+        limit = self.cfg.rollout.env_timeout_s
+        if pulse.doing.get(ENVIRONMENTS, 0.0) > limit:
+            self.hung += 1
+            self.drop(slot, f"was cut off: {pulse.note} hung for {limit:g} s (rollout.env_timeout_s)")
+
     def note(self, slot: Slot, report: RolloutReport) -> None:
         self.totals[report.incarnation], self.acknowledged[report.incarnation] = report.total, report.stored
         self.snapshots[report.incarnation] = report.timing
         self.returns += report.returns
+        self.incidents += [f"{slot.name}: {fault}; the environment was made anew" for fault in report.faults]
+        crashed = sum(fault.crashed for fault in report.faults)
+        self.crashed, self.bad = self.crashed + crashed, self.bad + len(report.faults) - crashed
         slot.deaths = 0
 
     def drop(self, slot: Slot, why: str) -> None:
@@ -204,6 +216,7 @@ class RolloutPool:
     def gauges(self) -> dict[str, float]:
         return {"rollout/workers": float(len(self.members)), "rollout/nodes": float(len({slot.member.node for slot in self.members})),
                 "rollout/waiting": float(len(self.slots) - len(self.members)), "rollout/joined": float(self.joined), "rollout/lost": float(self.lost),
+                "rollout/env_crashed": float(self.crashed), "rollout/env_hung": float(self.hung), "rollout/env_bad": float(self.bad),
                 "rollout/acknowledged": float(sum(self.acknowledged.values()))}
 
     def close(self) -> None:

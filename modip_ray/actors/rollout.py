@@ -16,11 +16,12 @@ from modip_ray.config import Config
 from modip_ray.learning.collector import Collector, Planned, Query, SegmentHook
 from modip_ray.learning.segment import Segment
 from modip_ray.runfolder import RunError
-from modip_ray.tasks.envs import EnvFactory
+from modip_ray.tasks.envs import EnvError, EnvFactory
 from modip_ray.timing import Timer
 
 MAX_UNACKNOWLEDGED = 2
 ASK_AGAIN_S = 0.5
+ENVIRONMENTS = "environments"       # the timer's name for a step of a group
 
 
 class Hello(NamedTuple):
@@ -35,6 +36,7 @@ class RolloutReport(NamedTuple):
     total: int                      # environment steps executed by this incarnation
     stored: int                     # transitions of it that the replay has acknowledged
     returns: list[float]            # of episodes that ended since the last report
+    faults: list[EnvError]          # of environments that were made anew since then
     timing: dict[str, Any]
 
 
@@ -68,7 +70,9 @@ class RolloutWorker:
 
     @ray.method(**PULSE)
     def pulse(self) -> Pulse:
-        return self.life.pulse()
+        """Notes which environment is at work."""
+        busy = [group.collector.group.busy for group in self.groups]
+        return self.life.pulse()._replace(note=", ".join(f"env {i} of group {g}" for g, i in enumerate(busy) if i is not None))
 
     def hello(self) -> Hello:
         """Build the environments; what they raise reaches the driver as it is."""
@@ -78,7 +82,7 @@ class RolloutWorker:
         for g in range(n):
             name, seed = f"{self.incarnation}.{g}" if g else self.incarnation, (cfg.seed, self.slot + 1, int(self.incarnation, 16), *([g] if g else []))
             collector = Collector(self.env_factory, cfg.rollout.envs_per_worker // n, cfg.task.max_episode_steps, cfg.rollout.segment_length, seed,
-                                  f"{self.slot}/{name}", self.hook)
+                                  f"{self.slot}/{name}", self.hook, cfg.rollout.max_env_failures)
             self.groups.append(Group(collector, (self.slot, g)))
         return Hello(self.incarnation, ray.get_runtime_context().get_node_id())
 
@@ -98,7 +102,7 @@ class RolloutWorker:
                     self.ask(group)
             group, self.turn = self.groups[self.turn], (self.turn + 1) % len(self.groups)
             planned = self.answer(group)
-            with self.timer("environments"):
+            with self.timer(ENVIRONMENTS):
                 self.total += group.collector.execute(planned)
             self.ask(group)                                                         # before the segments: the planner works meanwhile
             self.send(group, group.collector.take_segments())
@@ -168,7 +172,8 @@ class RolloutWorker:
 
     def report(self) -> RolloutReport:
         returns, self.returns = self.returns, []
-        return RolloutReport(self.incarnation, self.total, self.stored, returns, self.timer.snapshot())
+        faults = [fault for group in self.groups for fault in group.collector.take_faults()]
+        return RolloutReport(self.incarnation, self.total, self.stored, returns, faults, self.timer.snapshot())
 
     def get(self, ref: ray.ObjectRef) -> Any:
         return ray.get(ref, timeout=self.cfg.resources.call_timeout_s)

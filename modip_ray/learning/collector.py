@@ -10,7 +10,7 @@ import numpy as np
 from modip_ray.learning.checkpoint import as_bytes
 from modip_ray.learning.segment import Segment
 from modip_ray.tasks.env_group import EnvGroup, FinishedEpisode, Transitions
-from modip_ray.tasks.envs import EnvFactory
+from modip_ray.tasks.envs import EnvError, EnvFactory
 
 SegmentHook = Callable[[Segment], Segment]
 
@@ -66,8 +66,8 @@ class Collector:
     """
 
     def __init__(self, env_factory: EnvFactory, num_envs: int, max_episode_steps: int, segment_length: int, seed: int | Sequence[int], name: str,
-                 hook: SegmentHook | None = None):
-        self.group = EnvGroup(env_factory, num_envs, max_episode_steps, seed)
+                 hook: SegmentHook | None = None, max_failures: float = 0.0):
+        self.group = EnvGroup(env_factory, num_envs, max_episode_steps, seed, max_failures)
         self.name, self.hook = name, hook
         self.segment_length = segment_length
         self.cut_at = [max(1, segment_length * (i + 1) // num_envs) for i in range(num_envs)]
@@ -84,7 +84,8 @@ class Collector:
         """Execute the chunks planned for `self.obs`; returns the environment steps executed."""
         result = self.group.step(planned.actions)
         for i, t in enumerate(result.transitions):
-            self.open[i].add(t, planned.plans[i], planned.gains[i])
+            if len(t.rewards):                                                      # an env that failed at once has none
+                self.open[i].add(t, planned.plans[i], planned.gains[i])
             if t.terminated or t.truncated or self.open[i].length >= self.cut_at[i]:
                 self.close(i)
         self.obs, self.reset = result.obs, result.reset
@@ -131,6 +132,11 @@ class Collector:
 
     def take_episodes(self) -> list[FinishedEpisode]:
         return self.group.finished_returns()
+
+    def take_faults(self) -> list[EnvError]:
+        """What environments did wrong since the last call, each time one was made anew."""
+        faults, self.group.faults = self.group.faults, []
+        return faults
 
     def shutdown(self) -> None:
         self.group.close()

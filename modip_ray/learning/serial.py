@@ -94,11 +94,12 @@ class SerialSystem:
         segments = self.collector.take_segments(flush=self.taken >= cfg.online.env_steps)
         self.replay.add(segments)
         self.returns += [episode.ret for episode in self.collector.take_episodes()]
+        self.incidents += [f"{fault}; the environment was made anew" for fault in self.collector.take_faults()]
 
     def new_collector(self) -> Collector:
         cfg = self.cfg
         return Collector(self.setup.env_factory, cfg.rollout.least * cfg.rollout.envs_per_worker, cfg.task.max_episode_steps, cfg.rollout.segment_length,
-                         (cfg.seed, 0, self.taken), f"serial-{self.taken}", self.setup.hook)
+                         (cfg.seed, 0, self.taken), f"serial-{self.taken}", self.setup.hook, cfg.rollout.max_env_failures)
 
     def collection_state(self) -> State:
         """Running episodes, open segments, and the planner's warm starts and generator."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,12 +51,19 @@ class EnvGroup:
 
     Env i's episode k is seeded by (seed, i, k). `seed` may be several numbers, e.g. (run seed, worker, incarnation).
     `env_steps` counts executed actions, not chunks.
+
+    max_failures: tolerated for each thousand steps, and at the beginning. Within that, an env that raises or returns what is of no use is made anew; the
+    good part of its episode ends as if by a time limit, and `faults` says what was wrong. Beyond it, the failure is raised. Construction and the first
+    reset must succeed.
     """
 
-    def __init__(self, env_factory: EnvFactory, num_envs: int, max_episode_steps: int, seed: int | Sequence[int]):
+    def __init__(self, env_factory: EnvFactory, num_envs: int, max_episode_steps: int, seed: int | Sequence[int], max_failures: float = 0.0):
         if max_episode_steps < 1:
             raise ValueError(f"max_episode_steps is {max_episode_steps}; at least 1 is needed")
-        self._envs = make_envs(env_factory, num_envs)
+        self._envs, self._factory = make_envs(env_factory, num_envs), env_factory
+        self._max_failures, self._failures = max_failures, 0
+        self.faults: list[EnvError] = []            # since the owner took them last
+        self.busy: int | None = None                # the env that is at work now
         self._check = ActionCheck(self._envs[0].action_space)
         self._seed = (seed,) if isinstance(seed, int | np.integer) else tuple(seed)
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
@@ -77,7 +85,8 @@ class EnvGroup:
     def step(self, actions: np.ndarray) -> StepResult:
         """Execute a chunk `actions` (n, c, Da) in each env; an env whose episode ends drops the rest of its chunk and is reset.
 
-        Raises EnvError naming the env for a crash, a non-finite observation or reward; ValueError for actions of a wrong shape or with NaN.
+        Raises EnvError naming the env for a crash, a non-finite observation or reward, where those are too many; ValueError for actions of a wrong shape
+        or with NaN.
         """
         if self._obs is None:
             raise RuntimeError("call reset() before step()")
@@ -86,8 +95,19 @@ class EnvGroup:
         trail = np.zeros((n, chunk + 1, self.obs_dim), np.float32)      # row 0: where the chunk starts
         rewards = np.zeros((n, chunk), np.float32)
         trail[:, 0] = self._obs
-        ends = [run_chunk(env, actions[i], trail[i, 1:], rewards[i], self.max_episode_steps - self._length[i], f"env {i}") for i, env in enumerate(self._envs)]
-        self._require_finite(trail, rewards)
+        ends, failed = [], {}
+        for i, env in enumerate(self._envs):
+            self.busy = i
+            try:
+                ends.append(run_chunk(env, actions[i], trail[i, 1:], rewards[i], self.max_episode_steps - self._length[i], f"env {i}"))
+            except EnvError as error:
+                failed[i] = error
+                ends.append((error.steps, False, True))
+                trail[i, error.steps + 1:], rewards[i, error.steps:] = 0.0, 0.0
+        for i, error in self._not_finite(trail, rewards).items():
+            failed[i], ends[i] = error, (error.steps, False, True)
+        for error in failed.values():
+            self._note(error)
         executed = actions.astype(np.float32, copy=False)
         obs = np.empty((n, self.obs_dim), np.float32)
         transitions = []
@@ -97,12 +117,15 @@ class EnvGroup:
             self.env_steps += k
             self._length[i] += k
             self._return[i] += sum(rewards[i, :k].tolist())
-            if terminated or truncated:
+            self.busy = i
+            if i in failed:
+                obs[i] = self._made_anew(i)
+            elif terminated or truncated:
                 self._finished.append(FinishedEpisode(i, self._return[i], self._length[i], self._episode_seed[i]))
-                obs[i] = self._reset_one(i)
+                obs[i] = self._next_episode(i)
             else:
                 obs[i] = trail[i, k]
-        self._obs = obs
+        self._obs, self.busy = obs, None
         flags = np.array([end[1:] for end in ends], bool)               # (n, 2)
         return StepResult(obs.copy(), flags.any(1), flags[:, 0], flags[:, 1], transitions)
 
@@ -144,9 +167,36 @@ class EnvGroup:
         self._length[i], self._return[i], self._executed[i] = 0, 0.0, []
         return reset_env(self._envs[i], self._episode_seed[i], f"env {i}")
 
-    def _require_finite(self, trail: np.ndarray, rewards: np.ndarray) -> None:
-        for what, array in (("observation", trail[:, 1:]), ("reward", rewards)):
-            finite = np.isfinite(array)
-            if not finite.all():
-                i, k = (int(x) for x in np.argwhere(~finite)[0][:2])
-                raise EnvError(f"env {i}: {what} {array[i, k]} is not finite at step {self._length[i] + k + 1} of the episode seeded {self._episode_seed[i]}")
+    def _next_episode(self, i: int) -> np.ndarray:
+        """First observation of env i's next episode; of a new env in its place where its reset fails."""
+        try:
+            return self._reset_one(i)
+        except Exception as error:                  # whatever a simulator raises
+            self._note(error if isinstance(error, EnvError) else EnvError(f"env {i}: reset failed with {type(error).__name__}: {error}", crashed=True))
+            return self._made_anew(i)
+
+    def _made_anew(self, i: int) -> np.ndarray:
+        """A new env in place of env i, which failed; the first observation of its episode."""
+        with suppress(Exception):                   # it is broken already
+            self._envs[i].close()
+        self._envs[i] = self._factory()
+        return self._next_episode(i)
+
+    def _note(self, error: EnvError) -> None:
+        """Count a failure; raise it when there are too many."""
+        self._failures += 1
+        if self._failures > self._max_failures * (1 + self.env_steps / 1000):
+            raise error
+        self.faults.append(error)
+
+    def _not_finite(self, trail: np.ndarray, rewards: np.ndarray) -> dict[int, EnvError]:
+        """By env: what is wrong first in trail (n, c+1, Do) or rewards (n, c)."""
+        if np.isfinite(trail).all() and np.isfinite(rewards).all():
+            return {}
+        bad = ~(np.isfinite(trail[:, 1:]).all(2) & np.isfinite(rewards))            # (n, c)
+        first = {int(i): int(bad[i].argmax()) for i in np.flatnonzero(bad.any(1))}
+        return {i: EnvError(self._what(i, k, trail[i, k + 1], rewards[i, k]), k) for i, k in first.items()}
+
+    def _what(self, i: int, k: int, obs: np.ndarray, reward: np.float32) -> str:
+        what = f"observation {obs}" if not np.isfinite(obs).all() else f"reward {reward}"
+        return f"env {i}: {what} is not finite at step {self._length[i] + k + 1} of the episode seeded {self._episode_seed[i]}"

@@ -11,7 +11,17 @@ EnvFactory = Callable[[], gym.Env]
 
 
 class EnvError(RuntimeError):
-    """An environment misbehaved; the message names its index and what to look at."""
+    """An environment misbehaved; the message names its index and what to look at.
+
+    steps : good steps of the chunk before that; crashed: it raised (False: what it returned is of no use)
+    """
+
+    def __init__(self, message: str, steps: int = 0, crashed: bool = False):
+        super().__init__(message)
+        self.steps, self.crashed = steps, crashed
+
+    def __reduce__(self) -> tuple:
+        return EnvError, (str(self), self.steps, self.crashed)
 
 
 def make_env(env_id: str, render_mode: str | None = None, **kwargs) -> gym.Env:
@@ -63,17 +73,18 @@ def run_chunk(env: gym.Env, actions: np.ndarray, next_obs: np.ndarray, rewards: 
     a termination at the time limit is a termination.
     """
     step, dim, last = env.step, next_obs.shape[1], min(len(actions), steps_left)
-    k, terminated, truncated = 0, False, False
+    k, returned, terminated, truncated = 0, 0, False, False
     try:
         while k < last and not (terminated or truncated):
             obs, reward, terminated, truncated, _ = step(actions[k])
+            returned = k + 1
             if len(obs) != dim:
-                raise ValueError(f"observation of {len(obs)} numbers, its observation_space says {dim}")
+                raise ValueError(f"observation of {len(obs)} numbers, its observation_space has shape ({dim},)")
             next_obs[k] = obs
             rewards[k] = reward
             k += 1
     except Exception as error:
-        raise EnvError(f"{name}: step failed with {type(error).__name__}: {error}") from error
+        raise EnvError(f"{name}: step failed with {type(error).__name__}: {error}", k, crashed=returned == k) from error
     terminated = bool(terminated)
     return k, terminated, not terminated and (bool(truncated) or k == steps_left)
 

@@ -79,3 +79,20 @@ def test_hook_changes_what_is_stored():
 def test_collecting_needs_no_torch_and_no_ray():
     code = "import sys\nfrom modip_ray.learning import collector, env_source, replay_server\nprint({'torch', 'ray'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_an_environment_that_fails_loses_nothing_but_its_failed_step():
+    class Failing(PointEnv):
+        steps = 0
+
+        def step(self, action):
+            self.steps += 1
+            if self.steps % 8 == 0:
+                raise RuntimeError("fell over")
+            return super().step(action)
+    collector = Collector(Failing, 2, STEPS, segment_length=100, seed=1, name="w", max_failures=100)
+    steps = sum(collector.step(lambda obs, reset: planned(obs, chunk)) for chunk in [1, 3] * 20)
+    segments, faults = collector.take_segments(flush=True), collector.take_faults()
+    assert len(faults) >= 8 and not collector.take_faults() and "env 0: step failed with RuntimeError: fell over" in str(faults[0])
+    assert sum(map(len, segments)) == steps == collector.group.env_steps and not any(s.terminated for s in segments)
+    assert {len(s) for s in segments} >= {7} and max(map(len, segments)) == 7, "an episode's good part is one segment"

@@ -1,3 +1,6 @@
+import pickle
+import re
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -100,6 +103,65 @@ def test_a_faulty_env_is_named(count_env, fault, words):
     group.reset()
     with pytest.raises(EnvError, match=words):
         group.step(chunk(2, 4))
+
+
+FAULTS = {
+    "nan": (lambda env, o, r: (o * np.nan if env.t == 3 else o, r), "env 1: observation .* is not finite at step 3", False),
+    "reward": (lambda env, o, r: (o, "much" if env.t == 3 else r), "env 1: step failed with ValueError", False),
+    "shape": (lambda env, o, r: (o[:2] if env.t == 3 else o, r), r"env 1: .* observation_space has shape \(3,\)", False),
+    "crash": (lambda env, o, r: (o, 1 / 0 if env.t == 3 else r), "env 1: step failed with ZeroDivisionError", True),
+}
+
+
+@pytest.mark.parametrize(("fault", "words", "crashed"), FAULTS.values(), ids=FAULTS)
+def test_a_failed_env_is_made_anew_and_the_good_part_of_its_episode_is_kept(count_env, fault, words, crashed):
+    faults, made = iter([None, fault, None]), []
+    group = EnvGroup(lambda: made.append(count_env(fault=next(faults))) or made[-1], 2, 100, seed=0, max_failures=1)
+    group.reset()
+    result = group.step(chunk(2, 4))
+    assert len(made) == 3 and group.env_steps == 6
+    (error,), good = group.faults, result.transitions[1]
+    assert re.match(words, str(error)) and error.crashed == crashed and error.steps == 2
+    assert good.next_obs[:, 1].tolist() == [1, 2] and good.rewards.tolist() == [1, 2] and good.truncated and not good.terminated
+    assert result.reset.tolist() == [False, True] and result.obs[1, 1] == 0 and result.obs[0, 1] == 4 and not group.finished_returns()
+    assert group.step(chunk(2, 4)).transitions[1].next_obs[:, 1].tolist() == [1, 2, 3, 4] and len(group.faults) == 1
+
+
+def test_a_reset_that_fails_makes_the_env_anew(count_env):
+    class NoSecondReset(count_env):
+        resets = 0
+
+        def reset(self, **kwargs):
+            self.resets += 1
+            if self.resets == 2:
+                raise OSError("no display")
+            return super().reset(**kwargs)
+    group = EnvGroup(lambda: NoSecondReset(length=lambda seed: 2), 1, 100, seed=0, max_failures=1)
+    group.reset()
+    assert group.step(chunk(1, 4)).obs[0, 1] == 0 and [str(e) for e in group.faults] == ["env 0: reset failed with OSError: no display"]
+    with pytest.raises(EnvError, match="no display"):
+        group.step(chunk(1, 4))
+    with pytest.raises(OSError, match="no display"):
+        EnvGroup(lambda: setattr(env := NoSecondReset(), "resets", 1) or env, 1, 100, seed=0, max_failures=1).reset()
+
+
+def test_a_broken_env_ends_it_and_a_rare_failure_does_not(count_env):
+    broken = EnvGroup(lambda: count_env(fault=lambda env, o, r: 1 / 0), 1, 100, seed=0, max_failures=3)
+    broken.reset()
+    for _ in range(3):
+        broken.step(chunk(1, 1))
+    with pytest.raises(EnvError, match="ZeroDivisionError"):
+        broken.step(chunk(1, 1))
+    rare = EnvGroup(lambda: count_env(fault=lambda env, o, r: (o, r if env.t < 500 else 1 / 0)), 1, 10**9, seed=0, max_failures=3)
+    rare.reset()
+    for _ in range(1000):
+        rare.step(chunk(1, 10))
+    assert len(rare.faults) > 15 and rare.env_steps > 9500
+
+
+def test_errors_keep_what_they_know_across_processes():
+    error = pickle.loads(pickle.dumps(EnvError("env 3: fell over", 2, crashed=True)))
+    assert (str(error), error.steps, error.crashed) == ("env 3: fell over", 2, True)
 
 
 @pytest.mark.parametrize(("actions", "words"), [
