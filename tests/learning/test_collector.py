@@ -91,7 +91,7 @@ def test_an_environment_that_fails_loses_nothing_but_its_failed_step():
                 raise RuntimeError("fell over")
             return super().step(action)
     collector = Collector(Failing, 2, STEPS, segment_length=100, seed=1, name="w", max_failures=100)
-    steps = sum(collector.step(lambda obs, reset: planned(obs, chunk)) for chunk in [1, 3] * 20)
+    steps = sum(collector.step(lambda obs, reset, chunk=chunk: planned(obs, chunk)) for chunk in [1, 3] * 20)
     segments, faults = collector.take_segments(flush=True), collector.take_faults()
     assert len(faults) >= 8 and not collector.take_faults() and "env 0: step failed with RuntimeError: fell over" in str(faults[0])
     assert sum(map(len, segments)) == steps == collector.group.env_steps and not any(s.terminated for s in segments)
