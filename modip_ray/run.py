@@ -20,7 +20,7 @@ from modip_ray.learning.offline_data import load_data, source_label
 from modip_ray.learning.system import Setup, System
 from modip_ray.report.page import write_report
 from modip_ray.report.scores import final_table
-from modip_ray.runfolder import RunFolder, command_line, git_commit, machine, versions
+from modip_ray.runfolder import RoleLost, RunFolder, command_line, git_commit, machine, versions
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
 from modip_ray.start import adopt
 from modip_ray.tasks.dataset import Dataset
@@ -59,6 +59,9 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
             session.progress.say(f"report: {write_report([folder.path])}")
         except Stopped:
             session.stopped()
+            raise
+        except RoleLost:
+            session.broken()
             raise
         finally:
             if session.system is not None:

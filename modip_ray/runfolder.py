@@ -30,6 +30,10 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what to do."""
 
 
+class RoleLost(RunError):
+    """One of its processes is beyond help; the others still answer."""
+
+
 def run_path(cfg: Config) -> Path:
     return Path(cfg.run_dir) if cfg.run_dir else Path("runs") / f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,12 @@ class Session:
         where = "" if self.cfg.run_dir else f" run_dir={shlex.quote(str(self.folder.path))}"
         at = f"{self.status.env_steps:,} environment steps and {self.status.updates:,} updates"
         print(f"stopped at {at}; the same command resumes: {command_line()}{where}", flush=True)
+
+    def broken(self) -> None:
+        """A process of the run is beyond help: what the others hold is saved, unless that needs the lost one."""
+        if self.system is not None and self.phase in ("pretrain", "online"):
+            with suppress(RunError):
+                self.save()
 
     def enter(self, phase: str) -> None:
         """The run goes over to a phase: what comes next, and a checkpoint that says so."""

@@ -69,7 +69,7 @@ class RolloutPool:
         self.slots = [Slot(i) for i in range(self.cfg.rollout.most)]
         for slot in self.slots:
             self.fill(slot)
-        supervisor.also = self.look
+        supervisor.workers = self.look
 
     @property
     def members(self) -> list[Slot]:
@@ -142,7 +142,7 @@ class RolloutPool:
             del slot.calls[ref]
             self.note(slot, found)
 
-    def look(self, elapsed_s: float) -> dict[str, list[Pulse]]:
+    def look(self, elapsed_s: float) -> dict[str, Pulse]:
         """Drop the workers that do not answer; pulses of the others."""
         limit = self.cfg.resources.silent_s
         for slot in self.members:
@@ -154,7 +154,7 @@ class RolloutPool:
                 self.drop(slot, f"died ({type(found).__name__})")
             elif slot.heart.silent_s > limit:
                 self.drop(slot, f"did not answer for {limit:g} s (resources.silent_s)")
-        return {"rollout": [slot.pulse for slot in self.members if slot.pulse is not None]}
+        return {slot.name: slot.pulse for slot in self.members if slot.pulse is not None}
 
     def check_environments(self, slot: Slot, pulse: Pulse) -> None:
         """A worker whose environment does not come back from a step is given up: nothing else can end that."""
@@ -224,4 +224,4 @@ class RolloutPool:
             if slot.actor is not None:
                 ray.kill(slot.actor)
         self.slots = []
-        self.supervisor.also = no_pulses
+        self.supervisor.workers = no_pulses

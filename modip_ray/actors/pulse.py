@@ -28,7 +28,6 @@ class Pulse(NamedTuple):
 
     incarnation: str                # another one after a restart
     pid: int
-    node: str
     rss_mb: float
     refs: int                       # object references that the process holds
     waits: dict[str, float]         # seconds spent waiting so far, by reason; waits that are going on included
@@ -41,12 +40,11 @@ class Life:
 
     def __init__(self, timer: Timer, note: str = ""):
         self.timer, self.note, self.incarnation = timer, note, uuid.uuid4().hex[:8]
-        self.node = ray.get_runtime_context().get_node_id()
 
     def pulse(self) -> Pulse:
         refs = len(global_worker.core_worker.get_all_reference_counts())               # Ray has no public count of them
         waits, doing = waits_of(self.timer), self.timer.going_on()
-        return Pulse(self.incarnation, os.getpid(), self.node, rss_mb(), refs, waits, doing, self.note)
+        return Pulse(self.incarnation, os.getpid(), rss_mb(), refs, waits, doing, self.note)
 
 
 def waits_of(timer: Timer) -> dict[str, float]:

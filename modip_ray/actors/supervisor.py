@@ -10,16 +10,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from modip_ray.actors.errors import raise_cause, short
-from modip_ray.actors.pulse import Heart, Pulse
+from modip_ray.actors.pulse import Heart, Life, Pulse
+from modip_ray.actors.watchdog import Usage, Watchdog
 from modip_ray.config import Resources
-from modip_ray.runfolder import RunError
+from modip_ray.runfolder import RoleLost, RunError
+from modip_ray.timing import Timer
 
 LOOK_S = 0.5                        # how often the roles are looked at while the driver waits for something
 PULSES = 5                          # pulses within the time after which a silent actor counts as stopped
@@ -27,7 +30,7 @@ HOPELESS = 8                        # deaths of a role in a row, without an envi
 PROCESSES = "processes.json"
 
 
-def no_pulses(elapsed_s: float) -> dict[str, list[Pulse]]:
+def no_pulses(elapsed_s: float) -> dict[str, Pulse]:
     return {}
 
 
@@ -47,12 +50,14 @@ class Role:
 
 
 class Supervisor:
-    """resources: silent_s, restart_s, call_timeout_s. folder: where processes.json is kept (None: nowhere)."""
+    """resources: silent_s, restart_s, call_timeout_s. timer: the driver's. folder: where processes.json is kept (None: nowhere)."""
 
-    def __init__(self, resources: Resources, folder: Path | None = None):
-        self.resources, self.folder = resources, folder
+    def __init__(self, resources: Resources, timer: Timer, folder: Path | None = None):
+        self.resources, self.driver, self.folder = resources, Life(timer), folder
         self.roles: dict[str, Role] = {}
-        self.also: Callable[[float], dict[str, list[Pulse]]] = no_pulses            # looks at the rollout workers; their pulses by role
+        self.workers: Callable[[float], dict[str, Pulse]] = no_pulses               # looks at the rollout workers; their pulses by name
+        self.pulses: dict[str, dict[str, Pulse]] = {}                               # role -> name -> pulse, of those that serve
+        self.watchdog, self.usage, self.training = Watchdog(), Usage(), True        # training: so that there is progress to be missed
         self.incidents: list[str] = []
         self.restarts: dict[str, int] = {}                                          # by group, those of roles that are gone included
         self.progress, self.looked_at, self.written = (0, 0, 0), time.monotonic(), ""
@@ -77,6 +82,7 @@ class Supervisor:
         """Counts of the run; a role's deaths count in a row while none of these rises above what it was."""
         if any(new > old for new, old in zip(counts, self.progress, strict=True)):
             self.progress = tuple(map(max, counts, self.progress))
+            self.watchdog.progressed(self.pulses)
             for role in self.roles.values():
                 role.deaths = 0
 
@@ -91,12 +97,11 @@ class Supervisor:
             if isinstance(found, Pulse):
                 self.heard(role, found)
             elif isinstance(found, ActorDiedError):
-                raise RunError(f"{role.name} died and cannot be started again ({short(found)}); the same command resumes from the last checkpoint")
+                self.give_up(role, f"died and cannot be started again ({short(found)})")
             elif found is not None:
                 self.lost(role, "died")
             elif role.away and now - role.away_since > self.resources.restart_s:
-                raise RunError(f"{role.name} {role.why} and does not serve again since {self.resources.restart_s:g} s (resources.restart_s); "
-                               "the same command resumes from the last checkpoint")
+                self.give_up(role, f"{role.why} and does not serve again since {self.resources.restart_s:g} s (resources.restart_s)")
             elif role.away or role.pulse is None or role.heart.silent_s < LOOK_S:
                 continue
             elif not role.heart.alive():
@@ -104,22 +109,30 @@ class Supervisor:
             elif role.heart.silent_s > self.resources.silent_s:
                 ray.kill(role.actor, no_restart=False)                              # also a stopped process: Ray kills it after 5 s
                 self.lost(role, f"did not answer for {self.resources.silent_s:g} s (resources.silent_s) and was killed")
-        pulses = self.also(elapsed)
+        self.pulses = {"driver": {"the driver": self.driver.pulse()}}
         for role in self.roles.values():
-            if role.pulse is not None:
-                pulses.setdefault(role.group, []).append(role.pulse)
-        self.pulses = pulses
+            if role.pulse is not None and not role.away:
+                self.pulses.setdefault(role.group, {})[role.name] = role.pulse
+        workers = self.workers(elapsed)
+        if workers:
+            self.pulses["rollout"] = workers
         self.write_processes()
-
-    pulses: dict[str, list[Pulse]] = {}
+        words = self.watchdog.look(elapsed, self.pulses, {r.name: f"{r.why} {now - r.away_since:.0f} s ago" for r in self.away}) if self.training else None
+        if words is not None:
+            self.incidents.append(words)
 
     def lost(self, role: Role, why: str) -> None:
         if not role.away:
             role.why, role.away_since = why, time.monotonic()
         role.deaths += 1
         if role.deaths >= HOPELESS:
-            raise RunError(f"{role.name} died {role.deaths} times in a row without any progress between; look at the memory of its node and at Ray's logs; "
-                           "the same command resumes from the last checkpoint")
+            self.give_up(role, f"died {role.deaths} times in a row without any progress between; look at the memory of its node and at Ray's logs")
+
+    def give_up(self, role: Role, why: str) -> NoReturn:
+        """The run ends. The role is forgotten, so that a last checkpoint of what is left can be tried."""
+        ray.kill(role.actor)
+        del self.roles[role.name]
+        raise RoleLost(f"{role.name} {why}; the same command resumes from the last checkpoint")
 
     def heard(self, role: Role, pulse: Pulse) -> None:
         before, role.pulse = role.pulse, pulse
@@ -165,17 +178,19 @@ class Supervisor:
 
     def processes(self) -> dict[str, list[int]]:
         """Process ids by role, of those that serve."""
-        return {"driver": [os.getpid()], **{group: [p.pid for p in pulses] for group, pulses in self.pulses.items() if pulses}}
+        return {group: [pulse.pid for pulse in pulses.values()] for group, pulses in self.pulses.items()}
 
     def gauges(self) -> dict[str, float]:
-        """By role: restarts since this process began."""
-        return {f"{group}/restarts": float(n) for group, n in self.restarts.items()}
+        """By role: restarts since this process began, memory, references, waits; and how full Ray's object store is."""
+        total, free = (resources().get("object_store_memory", 0.0) for resources in (ray.cluster_resources, ray.available_resources))
+        restarts = {f"{group}/restarts": float(n) for group, n in self.restarts.items()}
+        return restarts | self.usage.gauges(self.pulses, time.monotonic()) | {"ray/object_store_mb": max(0.0, total - free) / 2**20}
 
     def write_processes(self) -> None:
         """The same in a file, for who looks from outside; written when it changes."""
         text = json.dumps(self.processes(), indent=1)
         if self.folder is not None and text != self.written:
-            partial = self.folder / f".{PROCESSES}.partial"
-            partial.write_text(text)
-            os.replace(partial, self.folder / PROCESSES)
-            self.written = text
+            partial, self.written = self.folder / f".{PROCESSES}.partial", text
+            with suppress(OSError):                                                 # a full disk is for the journal and the checkpoints to say
+                partial.write_text(text)
+                os.replace(partial, self.folder / PROCESSES)

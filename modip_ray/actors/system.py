@@ -59,7 +59,7 @@ class RaySystem:
         self.planner_names = [f"planner-{run}-{i}" for i in range(cfg.planner.replicas)]
         folder, checkpoint = self.setup.folder, self.setup.checkpoint
         live = open_live(folder, run) if folder is not None else None
-        self.supervisor = watch = Supervisor(cfg.resources, folder / LIVE if folder is not None else None)
+        self.supervisor = watch = Supervisor(cfg.resources, self.timer, folder / LIVE if folder is not None else None)
         self.call = watch.call
         self.bc, self.final = saved_bc(checkpoint), {}                              # final: all weights, once training is over
         self.env_steps, self.pool = 0, None
@@ -232,6 +232,7 @@ class RaySystem:
         return Report(self.env_steps, self.counts["model"], outcomes, diagnostics)
 
     def stop_training(self) -> None:
+        self.supervisor.training = False
         if self.pool is not None:
             self.pool.close()
         for group in ("planner", *(f"learner_{stream}" for stream in STREAMS)):

@@ -21,6 +21,7 @@ class PlanServer:
         self.cfg, self.planner, self.start_thread = cfg, planner, start_thread
         self.device = str(planner.device)
         self.incarnations: dict[Hashable, tuple[str, int]] = {}
+        self.former: set[str] = set()                                               # incarnations that were replaced
         self.pending: tuple[Newer, int] | None = None
         self.compiling = CompileBeside(planner.search) if uses_compile(cfg) else None
 
@@ -47,9 +48,12 @@ class PlanServer:
         return [Planned(actions, plans, gains, p.version) for actions, plans, gains in parts]
 
     def note(self, query: Query) -> None:
-        """A worker that came back is a new incarnation: the warm starts of its former self go."""
+        """A worker that came back is a new incarnation: the warm starts of its former self go, whose queries are refused (ValueError) from then on."""
+        if query.incarnation in self.former:
+            raise ValueError(f"rollout worker {query.worker} was replaced: incarnation {query.incarnation} gets no plans any more")
         known = self.incarnations.get(query.worker)
         if known is not None and known[0] != query.incarnation:
+            self.former.add(known[0])
             self.planner.warm.forget([(query.worker, known[0], i) for i in range(known[1])])
         self.incarnations[query.worker] = (query.incarnation, len(query.obs))
 

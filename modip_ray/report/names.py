@@ -39,6 +39,9 @@ ROLES = {                           # processes, by the names of <run>/live/proc
     "learner_policy": "the policy's learner", "planner": "the planners", "evaluator": "the evaluators", "rollout": "the rollout workers",
 }
 RESTARTED = tuple(role for role in ROLES if role not in ("driver", "rollout"))      # by Ray; the others end the run, or are replaced
+LEARNER = ("replay", "collection")
+WAITS = {"driver": ("learners", "flush"), "learner_model": LEARNER, "learner_policy": LEARNER, "rollout": ("planner", "learning"),
+         "replay": ("collection", "learning"), "store": ("weights",)}
 SYSTEM = {
     "rollout/workers": Measure("", "rollout workers at work"),
     "rollout/nodes": Measure("", "machines that they are on"),
@@ -60,7 +63,11 @@ SYSTEM = {
     "planner/seconds_behind": Measure("s", "since the weights that the planner lacks were published"),
     "planner/not_finite": Measure("plans", "that were not finite: the policy's own action was taken, since this process began"),
     **{f"{role}/restarts": Measure("", f"restarts of {ROLES[role]} since this process began") for role in RESTARTED},
-    "driver/rss_mb": Measure("MB", "memory of the driver process"),
+    **{f"{role}/rss_mb": Measure("MB", f"memory of {who}, together") for role, who in ROLES.items()},
+    **{f"{role}/refs": Measure("", f"references to Ray's objects that {who} hold") for role, who in ROLES.items()},
+    "ray/object_store_mb": Measure("MB", "in Ray's object stores, all nodes"),
+    **{f"wait/{role}/{reason}": Measure("share", f"of the time of {ROLES[role]}: waiting for {reason}")
+       for role, reasons in WAITS.items() for reason in reasons},
     "run/incidents": Measure("", "workers lost, planners restarted and the like, in the whole run"),
     "run/resumes": Measure("", "times that the run went on from a checkpoint"),
     "eval/episodes": Measure("episodes", "of the final evaluation that are done"),
