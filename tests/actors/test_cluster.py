@@ -1,7 +1,10 @@
-"""Joining a cluster: what is no address of one is said at once. (What a cluster lacks: test_elastic.py.)"""
+"""Joining a cluster: what is no address of one is said at once; a private Ray starts and cleans up. (What a cluster lacks: test_elastic.py.)"""
 
+import os
 import socket
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +27,36 @@ def test_a_wrong_address_is_an_error_at_once(address, words):
     with pytest.raises(ConfigError, match="resources.ray_address: .*" + words):
         Cluster(small(resources__ray_address=address.format(port=free_port())))
     assert time.monotonic() - begun < 10
+
+
+def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, capsys):
+    from modip_ray.actors import cluster
+    from modip_ray.runfolder import RunError
+    folders, failures = [], 1
+
+    def slow(**settings):
+        folders.append(Path(settings["_temp_dir"]))
+        if len(folders) <= failures:
+            raise Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup")
+    monkeypatch.setattr(cluster.ray, "init", slow)
+    started = object.__new__(cluster.Cluster)
+    started.start_private()
+    assert len(folders) == 2 and not folders[0].exists() and started.folder == str(folders[1]) and "trying once more" in capsys.readouterr().err
+    folders[1].rmdir()
+    folders.clear()
+    failures = 2
+    with pytest.raises(RunError, match="did not start within its own limit of 30 s, twice"):
+        started.start_private()
+    assert len(folders) == 2 and not any(folder.exists() for folder in folders)
+
+
+def test_folders_of_drivers_that_are_gone_are_removed_and_others_stay():
+    from modip_ray.actors import cluster
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    folders = [Path(f"/tmp/{cluster.PREFIX}{pid}_test") for pid in (gone.pid, os.getpid())]
+    for folder in folders:
+        folder.mkdir()
+    cluster.remove_stale()
+    assert [folder.exists() for folder in folders] == [False, True]
+    folders[1].rmdir()
