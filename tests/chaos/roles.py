@@ -13,7 +13,7 @@ PROGRESS = {"planner": "env_steps", "replay": "env_steps", "learner_model": "upd
 
 
 def check_roles(trial: Trial) -> None:
-    """The demo (fast: the tiny task), with evaluations beside the training. Serving again: its new process has answered; and the counter that it drives rises again."""
+    """The demo (fast: the tiny task), with evaluations beside the training. Serving again: a new process answers, and the counter that it drives rises."""
     times = trial.pick(1, 5)
     run = trial.pick(trial.point, trial.demo)("run", log__audit=True, eval__every_steps=300, eval__every_episodes=1,
                                               task__max_episode_steps=trial.pick(30, 200))
