@@ -28,7 +28,7 @@ class Stopped(Exception):
 class StopSignals:
     """The first Ctrl-C or SIGTERM is noted, and `check` raises Stopped; the second Ctrl-C interrupts at once. Outside the main thread signals stay as they are.
 
-    From the first one on there are `grace_s` seconds until `saved` is called: then RunError is raised wherever the main thread is.
+    From the first one on there are `grace_s` seconds (0: no limit) until `saved` is called: then RunError is raised wherever the main thread is.
     """
 
     def __init__(self, grace_s: float):

@@ -37,7 +37,7 @@ def run_study(study: Study) -> dict[str, Any] | None:
         earlier = saved_config_tree(cell.folder)
         if earlier is not None:
             check_same(earlier, cell.cfg, cell.folder)
-    with opened(study), StopSignals() as stop:
+    with opened(study), StopSignals(grace_s=0.0) as stop:                      # each run keeps to its own log.grace_s
         todo = [c for c in cells if not finished(c)]
         print(f"study {study.folder}: {len(cells)} runs, {len(cells) - len(todo)} done", flush=True)
         failed = run_cells(todo, study.at_once, stop)

@@ -216,7 +216,7 @@ def test_every_role_has_a_node_by_its_resources(name, config):
 
 def pinned(name: str) -> dict[str, str]:
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
-    found = [re.fullmatch(r"([A-Za-z0-9_-]+)(?:\[[\w,]+\])?(?:==(\S+))?", line) for line in lines if line]
+    found = [re.fullmatch(r"([A-Za-z0-9_-]+)(?:\[[\w,]+\])?(?:==(\S+)|<\S+)?", line) for line in lines if line]
     assert all(found), name
     return {m[1]: m[2] for m in found}
 

@@ -137,9 +137,12 @@ def test_ctrl_c_on_ray_reaches_the_whole_group_and_nothing_stays(tmp_path, data)
 
 @pytest.mark.ray
 def test_two_ctrl_c_on_ray_end_it_at_once_and_nothing_stays(tmp_path, data):
-    run = Run(tmp_path, data, LONG | {"serial": False})
-    run.until(lambda: bool(run.children) and run.updates() > 0)
-    for _ in range(2):
-        os.killpg(run.process.pid, signal.SIGINT)
-        time.sleep(0.1)
+    """The second while the driver saves: sent sooner, both could be one to a driver that waits for Ray."""
+    reached = tmp_path / "reached"
+    run = Run(tmp_path, data, LONG | {"serial": False}, WRAP.format(reached=str(reached), module="modip_ray.session", name="begin", seconds=200))
+    run.until(run.updates)
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.until(reached.exists)
+    assert len(run.children) > 5
+    os.killpg(run.process.pid, signal.SIGINT)
     assert "interrupted" in run.ended(130, within_s=60)
