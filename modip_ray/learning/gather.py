@@ -44,12 +44,14 @@ def gather(steps, whole, start, n_step, powers, end_obs, end_terminated, obs, bo
     d_obs = U(end_obs.shape[1])
     reward_at = U(steps.shape[1] - 4)
     suffix_at, remaining_at, end_at, d_action = reward_at + U(1), reward_at + U(2), reward_at + U(3), reward_at - d_obs
+    flat, width = steps.reshape(1, steps.size), U(steps.shape[1])
     for b in range(b_rows):
         if b + U(AHEAD) < b_rows:
             for first in (start[b + U(AHEAD)], start[b + U(AHEAD)] + n_step):
-                for row in range(first, min(first + k_steps, n_rows)):
-                    for column in range(U(0), U(steps.shape[1]), U(LINE)):
-                        prefetch(steps, row, column)
+                at, last = first * width, min((first + k_steps) * width + U(LINE - 1), U(flat.size))
+                while at < last:                                                    # every line that holds some of these K rows
+                    prefetch(flat, U(0), at)
+                    at += U(LINE)
         s = start[b]
         remaining, end = U(whole[s, remaining_at]), U(whole[s, end_at])
         dies = end_terminated[end]

@@ -7,6 +7,10 @@ Symbols: B rows, H horizon, Do / Da sizes.
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
+
 import numpy as np
 
 from modip_ray.learning.segment import SeenIds, Segment
@@ -20,6 +24,16 @@ def discounted_suffix(rewards: np.ndarray, gamma: float) -> np.ndarray:
     for t in range(len(rewards) - 1, -1, -1):
         out[t] = rewards[t] + gamma * out[t + 1]
     return out
+
+
+def zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """float32 zeros that take memory as they are written, in large pages where the system has them: rows are read at random places, and with small pages
+    each read would look its page up in memory too."""
+    memory = mmap.mmap(-1, max(4 * math.prod(shape), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):                                 # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32, math.prod(shape)).reshape(shape)
 
 
 class ReplayBuffer:
@@ -38,11 +52,11 @@ class ReplayBuffer:
                   "end": 1}                                     # where the segment's end is described
         ends = np.cumsum(list(widths.values()))
         self.columns = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends.tolist(), strict=True)}
-        self.steps = np.zeros((capacity, ends[-1]), np.float32)
+        self.steps = zeros((capacity, int(ends[-1])))
         self.whole = self.steps.view(np.int32)
         self.arrays: Batch = self.fields(self.steps)            # views, by field
         if plan_horizon:
-            self.arrays |= {"gain": np.zeros(capacity, np.float32), "plan": np.zeros((capacity, plan_horizon, action_dim), np.float32)}
+            self.arrays |= {"gain": zeros((capacity,)), "plan": zeros((capacity, plan_horizon, action_dim))}
         self.gamma_powers = (gamma ** np.arange(64)).astype(np.float32)
         self.end_obs = np.zeros((1, obs_dim), np.float32)       # the true observation behind a segment's last action, by `end`
         self.end_terminated = np.zeros(1, bool)                 # the segment ends in a real termination, by `end`
@@ -122,7 +136,7 @@ class ReplayBuffer:
         obs, bootstrap, action = (np.empty((rows, n), np.float32) for n in (k * obs_dim, k * obs_dim, horizon * action_dim))
         reward, mask, value_mask, returns, discount = (np.empty((rows, n), np.float32) for n in (horizon, horizon, k, k, k))
         terminated, n_step = np.empty((rows, horizon), bool), min(n_step, self.capacity)
-        gather(self.steps, self.whole, start.astype(np.uint64), n_step, self.powers(n_step), self.end_obs, self.end_terminated,
+        gather(self.steps, self.whole, start.astype(np.int64, copy=False).view(np.uint64), n_step, self.powers(n_step), self.end_obs, self.end_terminated,
                obs, bootstrap, action, reward, terminated, mask, value_mask, returns, discount)
         return {"obs": obs.reshape(rows, k, obs_dim), "action": action.reshape(rows, horizon, action_dim), "reward": reward, "terminated": terminated,
                 "mask": mask, "value_mask": value_mask, "n_step_return": returns, "discount": discount, "bootstrap_obs": bootstrap.reshape(rows, k, obs_dim)}
