@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modip_ray import bench_kernels
+from modip_ray import bench_kernels, bench_replay
 from modip_ray.bench_rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
 from modip_ray.config import Config, ConfigError, load, nearest, task_names
 from modip_ray.learning.env_source import env_factory
@@ -99,7 +99,7 @@ def replay(s: Setting) -> list[Row]:
     segment = Segment(np.zeros((n + 1, OBS_DIM), np.float32), np.zeros((n, ACTION_DIM), np.float32), np.ones(n, np.float32), False)
     add, _ = s.medians(lambda: online.add(segment), lambda: None)
     size = f"numpy copy of the same {sum(v.nbytes for v in batch.values()) // 1024} KiB, warm"
-    return [*bench_kernels.gather(s), compared("replay.batch_vs_memcpy", 1e3 * ours, "ms", 1e3 * copied, size),
+    return [*bench_replay.gather(s), *bench_replay.resume(s), compared("replay.batch_vs_memcpy", 1e3 * ours, "ms", 1e3 * copied, size),
             compared("replay.chunks_vs_memcpy", 1e3 * chunk, "ms", 1e3 * chunk_copied, "numpy copy of the same bytes"),
             Row("replay.add_transitions_per_s", n / add, "1/s")]
 

@@ -1,4 +1,4 @@
-"""Kernels of planner, learner and replay against what they replace: precision, compilation, V's tail, the policy-independent target, one gather."""
+"""Kernels of planner, learner and replay against what they replace: precision, compilation, V's tail, the policy-independent target."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from torch import Tensor
 from modip_ray.bench_rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
 from modip_ray.config import Config
 from modip_ray.learning.learner import Learner
-from modip_ray.learning.replay import ReplayBuffer, Segment
 from modip_ray.model.diffusion import DiffusionPolicy
 from modip_ray.model.networks import EnsembleMLP
 from modip_ray.planning.compiled import CompileBeside
 from modip_ray.planning.planner import Planner
 
 TAIL_STEPS = (1, 2, 5, 10)          # DDIM steps that the tail's table has
-REPLAY_BYTES = 200e6                # more than the last-level cache
 COMPILE_S = 300.0                   # patience with the compiler
 
 
@@ -101,23 +99,3 @@ def compilation(s: Setting) -> list[Row]:
         return lambda: (learner.update_model(model), learner.update_policy(policy, distil=True))
     a, b = s.medians(both(fast), both(eager))
     return [compared("learner.compiled_vs_eager", 1 / a, "updates/s", 1 / b, "not compiled" + ("" if wanted else " (nor is this: resources.compile is false)"))]
-
-
-def gather(s: Setting) -> list[Row]:
-    """Bytes of a batch of 256 sequences a second out of a large ring, against copying as many that lie at a random place of it."""
-    horizon, rng = s.cfg.world_model.horizon, np.random.default_rng(0)
-    one = ReplayBuffer(1, OBS_DIM, ACTION_DIM, s.cfg.critic.gamma, s.cfg.planner.horizon).steps.nbytes
-    ring, length = ReplayBuffer(int(REPLAY_BYTES) // one, OBS_DIM, ACTION_DIM, s.cfg.critic.gamma, s.cfg.planner.horizon), 1000
-    segment = Segment(rng.standard_normal((length + 1, OBS_DIM), dtype=np.float32), np.zeros((length, ACTION_DIM), np.float32),
-                      np.ones(length, np.float32), False)
-    while ring.size < ring.capacity:
-        ring.add(segment)
-    n = sum(v.nbytes for v in ring.sequences(ring.draw(rng, 256), horizon, s.cfg.critic.n_step).values()) // 4
-    flat, out = ring.steps.reshape(-1), np.empty(n, np.float32)
-
-    def copy_cold() -> None:
-        start = int(rng.integers(0, len(flat) - n))
-        np.copyto(out, flat[start:start + n])
-    ours, copied = s.medians(lambda: ring.sequences(ring.draw(rng, 256), horizon, s.cfg.critic.n_step), copy_cold)
-    against = f"one cold copy of as many bytes; 256 x {horizon + 1}, a ring of 200 MB"
-    return [compared("replay.sample_vs_memcpy", 4e-6 * n / ours, "MB/s", 4e-6 * n / copied, against)]

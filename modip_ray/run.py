@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from modip_ray.config import Config
 from modip_ray.data_cli import ProgressLine
@@ -17,13 +18,13 @@ from modip_ray.learning.env_source import env_factory as named_env_factory
 from modip_ray.learning.env_source import spaces
 from modip_ray.learning.evaluation import MODES, Job, Outcome, jobs_for
 from modip_ray.learning.offline_data import load_data, source_label
+from modip_ray.learning.offline_rows import write_rows
 from modip_ray.learning.system import Setup, System
 from modip_ray.report.page import write_report
 from modip_ray.report.scores import final_table
 from modip_ray.runfolder import RoleLost, RunFolder, command_line, git_commit, machine, versions
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
 from modip_ray.start import adopt
-from modip_ray.tasks.dataset import Dataset
 from modip_ray.tasks.envs import EnvFactory
 from modip_ray.tasks.scores import measure
 
@@ -46,15 +47,15 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
         session = Session(cfg, folder, stop)
         try:
             with session.timed("data"), stop.at_once():
-                data = offline_phase(session, factory)
+                rows = offline_phase(session, factory)
             with session.timed("start"), stop.at_once():
-                session.system = system = build_system(cfg, data, factory, segment_hook, folder)
+                session.system = system = build_system(cfg, rows, factory, segment_hook, folder)
             if cfg.log.ray_metrics and not cfg.serial:
                 from modip_ray.actors.metrics import RaySink
                 session.log.add(lambda: RaySink(folder.path.name, cfg.task.name))
             pretrain(session, system)
             online(session, system)
-            summary = evaluate(session, system, data)
+            summary = evaluate(session, system)
             folder.write_summary(summary)
             session.progress.say(f"report: {write_report([folder.path])}")
         except Stopped:
@@ -71,7 +72,8 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
         return summary
 
 
-def offline_phase(session: Session, factory: EnvFactory) -> Dataset:
+def offline_phase(session: Session, factory: EnvFactory) -> list[Path]:
+    """The data, read, scored and written as rows: the episodes themselves are not needed any longer."""
     cfg = session.cfg
     session.progress.start("data", cfg.data.transitions, "transitions")
 
@@ -83,12 +85,12 @@ def offline_phase(session: Session, factory: EnvFactory) -> Dataset:
     session.progress.update(data.transitions)
     session.progress.finish(source_label(cfg))
     session.log.write({"kind": "data", **session.data_score, "transitions": data.transitions, "source": source_label(cfg)})
-    return data
+    return write_rows(data.episodes, cfg.critic.gamma, cfg.replay.shards, session.folder.path / "offline")
 
 
-def build_system(cfg: Config, data: Dataset, factory: EnvFactory, hook: SegmentHook | None, folder: RunFolder) -> System:
+def build_system(cfg: Config, rows: list[Path], factory: EnvFactory, hook: SegmentHook | None, folder: RunFolder) -> System:
     _, low, high = spaces(factory)
-    setup = Setup(cfg, build_spec(cfg, data.episodes, low, high), data.episodes, factory, hook, folder.checkpoint, folder=folder.path)
+    setup = Setup(cfg, build_spec(cfg, rows, low, high), rows, factory, hook, folder.checkpoint, folder=folder.path)
     if setup.checkpoint is None and cfg.pretrain.start is not None:
         setup = replace(setup, checkpoint=adopt(setup, folder.checkpoints))
     if cfg.serial:
@@ -136,7 +138,7 @@ def online(session: Session, system: System) -> None:
     session.enter("evaluate")
 
 
-def evaluate(session: Session, system: System, data: Dataset) -> dict:
+def evaluate(session: Session, system: System) -> dict:
     """All three ways of acting on the same seeds; the summary."""
     cfg, finished = session.cfg, []
     with session.timed("eval"), session.stop.at_once():

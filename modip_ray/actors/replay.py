@@ -36,12 +36,12 @@ class ReplayActor:
     calls again that were on their way, which does no harm: a segment that is stored is known by its id, a batch is asked for by the number of its update.
     """
 
-    def __init__(self, cfg: Config, episodes: list[Episode], checkpoint: Checkpoint | None, shard: int = 0, folder: Path | None = None):
-        """folder: the run's; its newest checkpoint of now counts, not the one given."""
+    def __init__(self, cfg: Config, data: list[Episode | Path], checkpoint: Checkpoint | None, shard: int = 0, folder: Path | None = None):
+        """folder: the run's; its newest checkpoint of now counts, not the one given; data: as of Setup.episodes, of this shard."""
         self.timer = Timer()
         if folder is not None:
             checkpoint = newest(folder / "checkpoints")
-        self.server = restored_replay(cfg, episodes, checkpoint, folder, shard)
+        self.server = restored_replay(cfg, data, checkpoint, folder, shard)
         self.limiter = self.server.limiter
         self.changed = asyncio.Condition()
         self.life = Life(self.timer, f"with {self.server.env_steps} environment steps")

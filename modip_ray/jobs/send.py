@@ -62,6 +62,8 @@ def files_of(folder: Path, checkpoints: bool) -> list[Path]:
             continue
         if parts[0] == "checkpoints" and not (checkpoints and (folder / "checkpoints" / parts[1] / "done").is_file()):
             continue
+        if parts[0] == "offline" or (parts[0] == "journal" and not checkpoints):                     # made anew from the data; of no use alone
+            continue
         found.append(path)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,15 +41,15 @@ def device_of(cfg: Config, gpus: float | None = None) -> torch.device:
     return torch.device("cpu")
 
 
-def fitted_agent(cfg: Config, episodes: Sequence[Episode], action_low: np.ndarray, action_high: np.ndarray) -> Agent:
+def fitted_agent(cfg: Config, data: Sequence[Episode | Path], action_low: np.ndarray, action_high: np.ndarray) -> Agent:
     """A fresh agent (seeded) whose normaliser, reward scale and value scale come from the data."""
     torch.manual_seed(cfg.seed)
-    agent = Agent(cfg, episodes[0].observations.shape[1], episodes[0].actions.shape[1])
-    agent.normalizer.fit(np.concatenate([e.observations[:-1] for e in episodes]), action_low, action_high, cfg.world_model.obs_std_floor,
-                         cfg.world_model.obs_scale)
-    offline = offline_replay(cfg, episodes)
-    terminates = any(e.terminated for e in episodes)
-    reward, value = offline.arrays["reward"], value_samples(offline, terminates)
+    parts = [offline_replay(cfg, [item]) for item in data] if isinstance(data[0], Path) else [offline_replay(cfg, data)]
+    obs, reward = (np.concatenate([part.arrays[k] for part in parts]) for k in ("obs", "reward"))
+    agent = Agent(cfg, obs.shape[1], parts[0].arrays["action"].shape[1])
+    agent.normalizer.fit(obs, action_low, action_high, cfg.world_model.obs_std_floor, cfg.world_model.obs_scale)
+    terminates = any(part.end_terminated.any() for part in parts)
+    value = value_samples(parts, terminates)
     agent.world_model.reward_scale.fill_(safe_scale(reward))
     agent.world_model.terminates.fill_(float(terminates))
     agent.critic.shift.fill_(float(value.mean()))
@@ -56,9 +57,9 @@ def fitted_agent(cfg: Config, episodes: Sequence[Episode], action_low: np.ndarra
     return agent
 
 
-def value_samples(offline: ReplayBuffer, terminates: bool) -> np.ndarray:
+def value_samples(parts: Sequence[ReplayBuffer], terminates: bool) -> np.ndarray:
     """Discounted returns to the episodes' ends (n,). Where nothing terminates, starts near the time limit are left out: theirs are cut short."""
-    suffix, remaining = offline.arrays["suffix"][:offline.size], offline.arrays["remaining"][:offline.size]
+    suffix, remaining = (np.concatenate([part.arrays[k] for part in parts]) for k in ("suffix", "remaining"))
     whole = suffix[remaining > TAIL]
     return whole if len(whole) and not terminates else suffix
 
@@ -69,8 +70,8 @@ def safe_scale(values: np.ndarray) -> float:
     return spread if spread > LEAST_SCALE else max(float(np.abs(values).mean()), 1.0)
 
 
-def build_spec(cfg: Config, episodes: Sequence[Episode], action_low: np.ndarray, action_high: np.ndarray) -> Spec:
-    agent = fitted_agent(cfg, episodes, action_low, action_high)
+def build_spec(cfg: Config, data: Sequence[Episode | Path], action_low: np.ndarray, action_high: np.ndarray) -> Spec:
+    agent = fitted_agent(cfg, data, action_low, action_high)
     return Spec(agent.obs_dim, agent.action_dim, agent.flat())
 
 

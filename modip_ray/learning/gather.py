@@ -89,8 +89,9 @@ def gather(steps, whole, start, n_step, powers, end_obs, end_terminated, obs, bo
                 mask[b, k] = np.float32(k < remaining)
 
 
-FLAT, WHOLE, BOOLS, INDEX = types.float32[:, ::1], types.int32[:, ::1], types.boolean[:, ::1], types.uint64
-SIGNATURE = types.void(FLAT, WHOLE, INDEX[::1], INDEX, types.float32[::1], FLAT, types.boolean[::1], FLAT, FLAT, FLAT, FLAT, BOOLS, FLAT, FLAT, FLAT, FLAT)
+FLAT, BOOLS, INDEX = types.float32[:, ::1], types.boolean[:, ::1], types.uint64
+ROWS, WHOLE = (types.Array(t, 2, "C", readonly=True) for t in (types.float32, types.int32))         # offline data are mapped read-only
+SIGNATURE = types.void(ROWS, WHOLE, INDEX[::1], INDEX, types.float32[::1], FLAT, types.boolean[::1], FLAT, FLAT, FLAT, FLAT, BOOLS, FLAT, FLAT, FLAT, FLAT)
 try:
     gather = njit(SIGNATURE, cache=True, nogil=True)(gather)
 except RuntimeError:                # nowhere to keep the compiled code: neither beside this file nor in the user's cache

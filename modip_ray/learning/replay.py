@@ -43,7 +43,8 @@ class ReplayBuffer:
     memory. What comes after a transition is the next row's observation; only a segment's last observation is kept apart, once for each segment.
     """
 
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int, gamma: float, plan_horizon: int = 0):
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, gamma: float, plan_horizon: int = 0, steps: np.ndarray | None = None):
+        """steps: memory for the rows, (capacity, obs_dim + action_dim + 4) float32 zeros; None: of this process."""
         self.capacity, self.gamma, self.plan_horizon = capacity, gamma, plan_horizon
         self.size, self.total = 0, 0                            # transitions that are there, and that ever came
         widths = {"obs": obs_dim, "action": action_dim, "reward": 1,
@@ -52,7 +53,7 @@ class ReplayBuffer:
                   "end": 1}                                     # where the segment's end is described
         ends = np.cumsum(list(widths.values()))
         self.columns = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends.tolist(), strict=True)}
-        self.steps = zeros((capacity, int(ends[-1])))
+        self.steps = zeros((capacity, int(ends[-1]))) if steps is None else steps
         self.whole = self.steps.view(np.int32)
         self.arrays: Batch = self.fields(self.steps)            # views, by field
         if plan_horizon:

@@ -15,6 +15,7 @@ from modip_ray.config import Config
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, as_bytes, folders, write_state
 from modip_ray.learning.journal import Journal, Record
 from modip_ray.learning.limiter import STREAMS, RateLimiter, Stream
+from modip_ray.learning.offline_rows import in_memory, mapped
 from modip_ray.learning.replay import Batch, MixedReplay, ReplayBuffer
 from modip_ray.learning.replay_files import ReplayFiles, Snapshot
 from modip_ray.learning.segment import SeenIds, Segment, decode, encode
@@ -178,12 +179,9 @@ def facts_of(checkpoint: Checkpoint, component: str) -> dict[str, Any]:
                               "version that wrote it") from error
 
 
-def offline_replay(cfg: Config, episodes: Sequence[Episode]) -> ReplayBuffer:
-    first = episodes[0]
-    offline = ReplayBuffer(sum(e.length for e in episodes), first.observations.shape[1], first.actions.shape[1], cfg.critic.gamma)
-    for episode in episodes:
-        offline.add(Segment.from_episode(episode))
-    return offline
+def offline_replay(cfg: Config, data: Sequence[Episode | Path]) -> ReplayBuffer:
+    """Offline data of one shard: its episodes, or the one file that `write_rows` made of them."""
+    return mapped(data[0], cfg.critic.gamma) if isinstance(data[0], Path) else in_memory(data, cfg.critic.gamma)
 
 
 def part(total: int, shards: int, shard: int) -> int:
@@ -207,9 +205,9 @@ def shard_name(cfg: Config, shard: int) -> str:
     return "replay" if cfg.replay.shards == 1 else f"replay_{shard}"
 
 
-def build_replay(cfg: Config, episodes: Sequence[Episode], journal: Journal | None = None, component: str = "replay") -> ReplayServer:
+def build_replay(cfg: Config, data: Sequence[Episode | Path], journal: Journal | None = None, component: str = "replay") -> ReplayServer:
     """Offline data beside an empty online ring that can hold the whole run, or replay.capacity."""
-    offline = offline_replay(cfg, episodes)
+    offline = offline_replay(cfg, data)
     obs_dim, action_dim = offline.arrays["obs"].shape[1], offline.arrays["action"].shape[1]
     online = ReplayBuffer(cfg.replay.capacity, obs_dim, action_dim, cfg.critic.gamma, cfg.planner.horizon)
     return ReplayServer(cfg, MixedReplay(offline, online, cfg.seed, cfg.distill.target == "planned"), journal, component)
@@ -220,14 +218,14 @@ def shard_updates(state: Mapping[str, np.ndarray], shards: int) -> np.ndarray:
     return state["shard_updates"] if shards > 1 else state["updates"].reshape(1)
 
 
-def restored_replay(cfg: Config, episodes: Sequence[Episode], checkpoint: Checkpoint | None, run: Path | None, shard: int = 0,
+def restored_replay(cfg: Config, data: Sequence[Episode | Path], checkpoint: Checkpoint | None, run: Path | None, shard: int = 0,
                     exact: bool = False) -> ReplayServer:
     """A shard of the replay as it was: from the checkpoint, and from the journal in the run's folder (None: there is no journal).
 
     exact: as it was at the checkpoint, without what was stored since, which the journal forgets.
     """
     name, first = shard_name(cfg, shard), 0
-    server = build_replay(shard_config(cfg, shard), episodes, Journal(run / "journal" / name) if run is not None else None, name)
+    server = build_replay(shard_config(cfg, shard), data, Journal(run / "journal" / name) if run is not None else None, name)
     if checkpoint is not None:
         updates = [int(shard_updates(checkpoint.read(f"learner_{stream}"), cfg.replay.shards)[shard]) for stream in STREAMS]
         if checkpoint.has(name):

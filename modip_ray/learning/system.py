@@ -24,11 +24,12 @@ Snapshot = dict[str, Any]
 @dataclass(frozen=True)
 class Setup:
     """All that a system is built from. `checkpoint`: where to go on from; `plan_server`: what the planner actors build in place of the real planner;
-    `folder`: the run's, where components write their checkpoint parts."""
+    `folder`: the run's, where components write their checkpoint parts;
+    `episodes`: the offline data, or the files of rows made of them (offline_rows.py), one for each replay shard."""
 
     cfg: Config
     spec: Spec
-    episodes: list[Episode]
+    episodes: list[Episode | Path]
     env_factory: EnvFactory
     hook: SegmentHook | None = None
     checkpoint: Checkpoint | None = None
