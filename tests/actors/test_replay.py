@@ -9,6 +9,7 @@ import pytest
 
 from modip_ray.learning.checkpoint import begin, commit, write_state
 from tests.learning.test_replay_server import EPISODES, config, segment
+from tests.private_ray import private_ray
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
@@ -16,11 +17,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def cluster():
-    from modip_ray.actors.cluster import environment
-    with environment({"OMP_NUM_THREADS": "1"}):
-        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with private_ray(num_cpus=1):
+        yield
 
 
 def until_answered(call, timeout_s=60.0):
