@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from modip_ray.config_rules import ConfigError, validate
+from modip_ray.config_rules import ConfigError, shown, validate
 
 FREE_FORM = ("env_kwargs", "placement", "num_workers")      # taken over whole: their keys are the user's, or they may be a number as well
 
@@ -320,7 +320,7 @@ def parse_override(item: str) -> tuple[str, Any]:
     """("planner.horizon", 4) out of "planner.horizon=4"."""
     key, sep, text = item.partition("=")
     if not sep or not key:
-        raise ConfigError(f"override {item!r} is not of the form key=value, e.g. planner.horizon=4")
+        raise ConfigError(f"override {shown(item)} is not of the form key=value, e.g. planner.horizon=4")
     return key, parse_scalar(text)
 
 
@@ -329,7 +329,7 @@ def parse_scalar(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise ConfigError(f"cannot read the value {text!r}: {e}") from e
+        raise ConfigError(f"cannot read the value {shown(text)}: {e}") from e
     if isinstance(value, str):
         try:
             return float(value)
@@ -343,14 +343,15 @@ def find_config(name: str | Path) -> Path:
     for path in (Path(name), config_dir() / name, config_dir() / f"{name}.yaml"):
         if path.is_file():
             return path
-    raise ConfigError(f"no configuration {str(name)!r}: not a file, and {config_dir()} holds {', '.join(sorted(p.stem for p in config_dir().glob('*.yaml')))}")
+    known = sorted(p.stem for p in config_dir().glob("*.yaml"))
+    raise ConfigError(f"no configuration {shown(str(name))}: not a file, and {config_dir()} holds {', '.join(known)}")
 
 
 def task_tree(name: str) -> dict[str, Any]:
     """configs/tasks/<name>.yaml, on top of the task that its `extends` names."""
     path = config_dir() / "tasks" / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"unknown task {name!r}{nearest(name, task_names())}; known tasks: {', '.join(task_names())}")
+        raise ConfigError(f"unknown task {shown(name)}{nearest(name, task_names())}; known tasks: {', '.join(task_names())}")
     tree = read_yaml(path)
     base = tree.pop("extends", None)
     if base is None:
@@ -383,10 +384,10 @@ def merge(tree: dict[str, Any], layer: dict[str, Any], source: str, prefix: str 
     """Stack `layer` on `tree` in place; keys that the tree lacks are errors."""
     for key, value in layer.items():
         if key not in tree:
-            raise ConfigError(f"{source}: unknown setting {prefix}{key!r}{nearest(str(key), list(tree))} (allowed here: {', '.join(tree)})")
+            raise ConfigError(f"{source}: unknown setting {prefix}{shown(key)}{nearest(str(key), list(tree))} (allowed here: {', '.join(tree)})")
         if isinstance(tree[key], dict) and key not in FREE_FORM:
             if not isinstance(value, dict):
-                raise ConfigError(f"{source}: {prefix}{key} is a group of settings ({', '.join(tree[key])}), got {value!r}")
+                raise ConfigError(f"{source}: {prefix}{key} is a group of settings ({', '.join(tree[key])}), got {shown(value)}")
             merge(tree[key], value, source, f"{prefix}{key}.")
         else:
             tree[key] = value
@@ -410,12 +411,12 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     """`value` as `kind`, or ConfigError. An int is accepted for a float; nothing else is converted."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ConfigError(f"{where or 'config'}: expected a group of settings, got {value!r}")
+            raise ConfigError(f"{where or 'config'}: expected a group of settings, got {shown(value)}")
         hints = typing.get_type_hints(kind)
         names = [f.name for f in dataclasses.fields(kind)]
         unknown, missing = [k for k in value if k not in names], [n for n in names if n not in value]
         if unknown:
-            raise ConfigError(f"unknown setting {where}{unknown[0]!r}{nearest(str(unknown[0]), names)}")
+            raise ConfigError(f"unknown setting {where}{shown(unknown[0])}{nearest(str(unknown[0]), names)}")
         if missing:
             raise ConfigError(f"missing setting {where}{missing[0]!r}")
         return kind(**{n: typed(hints[n], value[n], f"{where}{n}." if dataclasses.is_dataclass(hints[n]) else f"{where}{n}") for n in names})
@@ -423,7 +424,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ConfigError(f"{where}: got {value!r}, allowed: {', '.join(map(str, args))}{nearest(str(value), [str(a) for a in args])}")
+        raise ConfigError(f"{where}: got {shown(value)}, allowed: {', '.join(map(str, args))}{nearest(str(value), [str(a) for a in args])}")
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -440,5 +441,5 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not ok or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{where}: expected {'a finite ' if ok else ''}{kind.__name__}, got {value!r} ({type(value).__name__})")
+        raise ConfigError(f"{where}: expected {'a finite ' if ok else ''}{kind.__name__}, got {shown(value)} ({type(value).__name__})")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +30,17 @@ FRACTIONS = """
     distill.online_share_start distill.online_share_end
 """.split()
 
+#: Sizes that no machine has room or time for, and step sizes at which nothing is learned: slips of the hand.
+MOST = {
+    **dict.fromkeys("policy.width world_model.width world_model.latent critic.width critic.bins planner.max_rows".split(), 2**16),
+    **dict.fromkeys("planner.proposals planner.gaussian rollout.envs_per_worker policy.denoising_steps".split(), 10_000),
+    **dict.fromkeys("policy.blocks policy.horizon world_model.horizon critic.members planner.iterations planner.replicas replay.prefetch".split(), 1000),
+    **dict.fromkeys("policy.batch_size world_model.batch_size eval.bootstrap eval.episodes eval.every_episodes rollout.segment_length".split(), 10**6),
+    **dict.fromkeys("policy.lr policy.lr_final world_model.lr world_model.lr_final world_model.encoder_lr_scale online.lr_scale".split(), 100.0),
+    **dict.fromkeys("critic.n_step critic.pretrain_n_step distill.n_step replay.shards resources.torch_threads".split(), 10_000),
+    "eval.seed": 2**31, "replay.capacity": 10**10,
+}
+
 ROLES = ("planner", "learner", "replay", "store", "rollout", "evaluator")
 
 
@@ -43,6 +55,8 @@ def validate(cfg: Config) -> None:
         need(value_at(tree, dotted) > 0, dotted, value_at(tree, dotted), "must be positive")
     for dotted in FRACTIONS:
         need(0 <= value_at(tree, dotted) <= 1, dotted, value_at(tree, dotted), "must lie in 0..1")
+    for dotted, most in MOST.items():
+        need(value_at(tree, dotted) <= most, dotted, value_at(tree, dotted), f"must be at most {most}")
     need(0 <= cfg.seed < 2**63, "seed", cfg.seed, "must lie in 0..2**63-1")
     limit = cfg.data.max_transitions
     need(limit is None or limit > 0, "data.max_transitions", limit, "must be positive, or null for all")
@@ -103,4 +117,15 @@ def value_at(tree: dict[str, Any], dotted: str) -> Any:
 
 def need(ok: bool, field: str, got: Any, rule: str) -> None:
     if not ok:
-        raise ConfigError(f"{field}: got {got!r}, {rule}")
+        raise ConfigError(f"{field}: got {shown(got)}, {rule}")
+
+
+class Shown(reprlib.Repr):
+    """A value as an error message shows it: one line of bounded length."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 80
+
+
+shown = Shown().repr

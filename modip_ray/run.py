@@ -14,8 +14,8 @@ from modip_ray.config import Config
 from modip_ray.data_cli import ProgressLine
 from modip_ray.learning.build import build_spec
 from modip_ray.learning.collector import SegmentHook
+from modip_ray.learning.env_source import check_family, spaces
 from modip_ray.learning.env_source import env_factory as named_env_factory
-from modip_ray.learning.env_source import spaces
 from modip_ray.learning.evaluation import MODES, Job, Outcome, jobs_for
 from modip_ray.learning.offline_data import load_data, source_label
 from modip_ray.learning.offline_rows import write_rows
@@ -39,6 +39,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
     Raises ConfigError, DataError, EnvError, CheckpointError or RunError with what to do; Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     factory = env_factory or named_env_factory(cfg.task)
+    check_family(cfg.task)
     with RunFolder(cfg) as folder, StopSignals(cfg.log.grace_s) as stop:
         summary = folder.finished_summary()
         if summary is not None:

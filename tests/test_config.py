@@ -177,3 +177,17 @@ def test_default_yaml_holds_every_field_with_a_comment_above():
     fields = {f"{k}.{n}" for k, v in tree.items() if isinstance(v, dict) for n in v} | {k for k, v in tree.items() if not isinstance(v, dict)}
     assert commented == fields
     assert set(tree) == set(SECTIONS)
+
+
+@pytest.mark.parametrize("overrides, parts", [
+    (["policy.width=1e9"], ["policy.width", "at most 65536"]),
+    (["policy.lr_final=1e300"], ["policy.lr_final", "at most 100"]),
+    ([f"policy.network={'x' * 5000}"], ["policy.network", "xxx...xxx", "mlp, unet"]),
+    ([f"{'x' * 5000}=3"], ["unknown setting", "..."]),
+])
+def test_sizes_that_no_machine_has_are_refused_and_long_values_are_shown_short(overrides, parts):
+    with pytest.raises(ConfigError) as error:
+        load(overrides=overrides)
+    assert len(str(error.value)) < 500
+    for part in parts:
+        assert part in str(error.value)

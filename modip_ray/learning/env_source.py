@@ -9,8 +9,10 @@ import re
 import gymnasium as gym
 import numpy as np
 
-from modip_ray.config import ConfigError, Task
+from modip_ray.config import ConfigError, Task, nearest
+from modip_ray.config_rules import shown
 from modip_ray.tasks.envs import EnvFactory, make_env, make_envs
+from modip_ray.tasks.scores import REFERENCE
 
 
 def env_factory(task: Task) -> EnvFactory:
@@ -54,9 +56,19 @@ def own_class(name: str) -> EnvFactory:
     return found
 
 
+def check_family(task: Task) -> None:
+    """ConfigError for a family without reference scores."""
+    if task.family is not None and task.family not in REFERENCE:
+        known = f"known: {', '.join(REFERENCE)}; null for a task of your own"
+        raise ConfigError(f"task.family: got {shown(task.family)}{nearest(task.family, list(REFERENCE))} ({known})")
+
+
 def spaces(factory: EnvFactory) -> tuple[int, np.ndarray, np.ndarray]:
     """Observation size and the action box (low, high), each (Da,) and finite."""
-    (env,) = make_envs(factory, 1)
+    try:
+        (env,) = make_envs(factory, 1)
+    except ValueError as error:
+        raise ConfigError(f"task.env: {error}") from error
     try:
         low, high = (np.asarray(x, np.float32) for x in (env.action_space.low, env.action_space.high))
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from modip_ray.config import Config
+from modip_ray.config import Config, ConfigError
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, as_bytes, folders, write_state
 from modip_ray.learning.journal import Journal, Record
 from modip_ray.learning.limiter import STREAMS, RateLimiter, Stream
@@ -209,7 +209,10 @@ def build_replay(cfg: Config, data: Sequence[Episode | Path], journal: Journal |
     """Offline data beside an empty online ring that can hold the whole run, or replay.capacity."""
     offline = offline_replay(cfg, data)
     obs_dim, action_dim = offline.arrays["obs"].shape[1], offline.arrays["action"].shape[1]
-    online = ReplayBuffer(cfg.replay.capacity, obs_dim, action_dim, cfg.critic.gamma, cfg.planner.horizon)
+    try:
+        online = ReplayBuffer(cfg.replay.capacity, obs_dim, action_dim, cfg.critic.gamma, cfg.planner.horizon)
+    except MemoryError as error:
+        raise ConfigError(f"replay.capacity: got {cfg.replay.capacity}, which this machine has not the memory for ({error})") from error
     return ReplayServer(cfg, MixedReplay(offline, online, cfg.seed, cfg.distill.target == "planned"), journal, component)
 
 

@@ -96,7 +96,7 @@ class Planner:
     def plan(self, obs: np.ndarray, slots: Sequence[Hashable], reset: np.ndarray, mode: Mode = "mpc", explore: bool = False) -> Plan:
         """obs (B, Do) raw, slots B ids, reset (B,) bool: True where an episode has just begun.
 
-        ValueError on a wrong or non-finite observation or an unknown mode; RuntimeError when the weights yield actions that are not finite.
+        ValueError on a wrong or non-finite observation or an unknown mode; FloatingPointError when the weights yield actions that are not finite.
         """
         if mode not in MODES:
             raise ValueError(f"planner: mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -108,7 +108,7 @@ class Planner:
         s = self.agent.normalizer.obs(torch.as_tensor(obs, dtype=torch.float32, device=self.device))   # (B, Do)
         plan = self.policy_plan(s) if mode == "policy" else self.mpc_plan(s, slots, reset, explore)
         if not np.isfinite(plan.actions).all():
-            raise RuntimeError(f"planner: the policy of weight version {self.version} proposes actions that are not finite; "
+            raise FloatingPointError(f"planner: the policy of weight version {self.version} proposes actions that are not finite; "
                                "training has diverged, lower policy.lr and resume from an earlier checkpoint")
         return plan
 
