@@ -104,9 +104,13 @@ def seal(folder: Path, counters: Mapping[str, Any], final: Path) -> None:
     """Make a folder of components a checkpoint named `final`."""
     write_synced(folder / COUNTERS, json.dumps(counters, indent=1))
     sums = {p.name: sha256(p) for p in sorted(folder.iterdir())}
-    write_synced(folder / DONE, json.dumps({"format": FORMAT, "files": sums}, indent=1))
+    write_synced(folder / DONE, as_json({"format": FORMAT, "files": sums}))
     os.replace(folder, final)
     sync(final.parent)
+
+
+def as_json(value: object) -> str:
+    return json.dumps(value, indent=1)
 
 
 def stage_best(checkpoint: Path) -> Path:
@@ -180,14 +184,16 @@ def newest(root: Path, set_aside: bool = False) -> Checkpoint | None:
 def verified(folder: Path) -> Checkpoint:
     """A checkpoint whose files all have the sums that its marker says; CheckpointError names the first that has not."""
     try:
-        marker = json.loads((folder / DONE).read_text())
+        marker = json.loads(text := (folder / DONE).read_text())
         counters = json.loads((folder / COUNTERS).read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: is not complete, {Path(error.filename).name!r} is missing") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: marker or counters cannot be read ({error})") from error
-    if isinstance(marker, dict) and marker.get("format", 1) not in (1, FORMAT):
+    if isinstance(marker, dict) and marker.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"{folder}: has format {marker['format']!r}, this program reads 1 and {FORMAT}; it was written by a newer version, use that one")
+    if text != as_json(marker):                                                     # nothing sums the marker up: not even a blank may differ
+        raise CheckpointError(f"{folder / DONE}: is not as it was written, the file is damaged")
     sums = marker.get("files", marker) if isinstance(marker, dict) else None
     if not isinstance(sums, dict) or not isinstance(counters, dict) or COUNTERS not in sums:
         raise CheckpointError(f"{folder}: marker or counters are not what this program writes")

@@ -97,7 +97,7 @@ def test_a_checkpoint_of_format_1_is_read_and_one_of_a_later_format_refused(tmp_
     np.savez(folder / "part.npz", x=np.arange(3), rngs=np.array('{"a": 1}'))
     (folder / "counters.json").write_text('{"env_steps": 10}')
     sums = {p.name: sha256(p) for p in folder.iterdir()}
-    (folder / "done").write_text(json.dumps(sums))
+    (folder / "done").write_text(json.dumps(sums, indent=1))
     found = newest(tmp_path)
     assert found.counters == {"env_steps": 10} and found.has("part") and not found.has("other")
     assert found.read("part")["x"].tolist() == [0, 1, 2] and json.loads(found.read("part")["rngs"].tobytes()) == {"a": 1}
