@@ -22,7 +22,7 @@ from modip_ray.learning.offline_rows import write_rows
 from modip_ray.learning.system import Setup, System
 from modip_ray.report.page import write_report
 from modip_ray.report.scores import final_table
-from modip_ray.runfolder import RoleLost, RunFolder, command_line, git_commit, machine, versions
+from modip_ray.runfolder import RoleLost, RunFolder, command_line, disk_errors, git_commit, machine, versions
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
 from modip_ray.start import adopt
 from modip_ray.tasks.envs import EnvFactory
@@ -40,7 +40,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
     """
     factory = env_factory or named_env_factory(cfg.task)
     check_family(cfg.task)
-    with RunFolder(cfg) as folder, StopSignals(cfg.log.grace_s) as stop:
+    with RunFolder(cfg) as folder, disk_errors(folder.path), StopSignals(cfg.log.grace_s) as stop:
         summary = folder.finished_summary()
         if summary is not None:
             print(final_table(summary))

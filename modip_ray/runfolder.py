@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -11,6 +12,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from modip_ray.config import Config, ConfigError, build, config_dir, merge, read_yaml
+from modip_ray.config_rules import shown
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, best, newest, write_synced
 from modip_ray.report.rundata import flatten
 
@@ -28,6 +32,21 @@ PACKAGES = ("torch", "numpy", "ray", "gymnasium", "mujoco")
 
 class RunError(RuntimeError):
     """A run that cannot go on; the message says what to do."""
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """In the block, a full, read-only or broken disk is a RunError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise RunError(f"{error.filename or folder}: cannot be written ({os.strerror(error.errno)}); make room or give access, and the same command goes on "
+                       "from the last checkpoint") from error
 
 
 class RoleLost(RunError):
@@ -43,15 +62,19 @@ class RunFolder:
 
     def __init__(self, cfg: Config):
         self.cfg, self.path = cfg, run_path(cfg).resolve()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = self.locked()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = self.locked()
+        except (OSError, ValueError) as error:                                      # ValueError: a name that no file can have
+            raise RunError(f"run_dir: {shown(str(self.path))} cannot be made or written ({error}); choose another run_dir") from error
         earlier = saved_config_tree(self.path)
         if earlier is None and (self.path / "checkpoints").is_dir():
             raise RunError(f"{self.path}: holds checkpoints but no config.yaml; restore it, or use another run_dir")
         if earlier is not None:
             check_same(earlier, cfg, self.path)
         self.checkpoint: Checkpoint | None = newest(self.checkpoints, set_aside=True)
-        write_synced(self.path / "config.yaml", cfg.dump())
+        with disk_errors(self.path):
+            write_synced(self.path / "config.yaml", cfg.dump())
 
     @property
     def checkpoints(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import signal
 import threading
 import time
@@ -219,8 +220,12 @@ class Session:
         if self.pending:
             self.write_train_row()
         folder = begin(self.folder.checkpoints)
-        counters = {"phase": self.phase, **self.system.save(folder), "next_eval": self.next_eval, "phase_s": self.seconds_by_phase()}
-        final = commit(folder, counters, self.cfg.log.keep_checkpoints)
+        try:
+            counters = {"phase": self.phase, **self.system.save(folder), "next_eval": self.next_eval, "phase_s": self.seconds_by_phase()}
+            final = commit(folder, counters, self.cfg.log.keep_checkpoints)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)                               # a full disk gets its room back
+            raise
         self.saved_at = time.monotonic()
         self.write_timings()
         return final

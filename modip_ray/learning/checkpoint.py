@@ -57,8 +57,12 @@ class Checkpoint:
 def write_state(folder: Path, component: str, state: Mapping[str, np.ndarray]) -> None:
     """Write one component's arrays into a folder from `begin`; flushed to the disk."""
     path = folder / f"{component}.safetensors"
-    save_file({key: np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value) for key, value in state.items()}, path)   # takes memory as it lies
-    sync(path)
+    dense = {key: np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value) for key, value in state.items()}      # it takes memory as it lies
+    try:
+        save_file(dense, path)
+        sync(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error}); make room there, and the same command goes on from the last checkpoint") from error
 
 
 def read_state(path: Path) -> State:
