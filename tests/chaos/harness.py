@@ -189,7 +189,7 @@ class Run:
         self.process.wait()
         self.killed.append((time.monotonic(), before))
 
-    def leavings(self, timeout_s: float = 60.0) -> list[str]:
+    def leavings(self, timeout_s: float) -> list[str]:
         """Names of processes of killed drivers that still run so long after the last kill."""
         at, left = max(at for at, _ in self.killed), [p for _, before in self.killed for p in before]
         _, alive = psutil.wait_procs(left, timeout=max(0.0, at + timeout_s - time.monotonic()))
