@@ -19,7 +19,7 @@ from typing import Any
 
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.runfolder import command_line, git_commit, machine
-from tests.chaos.harness import Trial, kill_marked
+from tests.chaos.harness import Trial, kill_marked, mark
 from tests.chaos.suite import TESTS
 
 SHOWN = 12                          # figures of a test in the table
@@ -27,6 +27,7 @@ SHOWN = 12                          # figures of a test in the table
 
 def main() -> None:
     args = parser().parse_args()
+    mark()
     signal.signal(signal.SIGINT, signal.default_int_handler)                    # a shell that started us in the background has it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     work = Path(args.keep) if args.keep else Path(tempfile.mkdtemp(prefix="chaos_", dir="/tmp"))      # sockets need a short path

@@ -21,7 +21,7 @@ from modip_ray.learning.checkpoint import folders, newest
 from tests.fakes import SMALL, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}          # beside what is inherited
 PATIENCE_S = 300.0
 ROOM = "48m"                        # of the disk that is to be full
 NEW_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]      # a file system of one's own needs no privilege there
@@ -71,7 +71,7 @@ def command(data: Path, run_dir: Path, **dotted: Any) -> list[str]:
 
 
 def run_to_end(args: list[str], timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess:
-    return subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(args, cwd=ROOT, env=os.environ | ENV, capture_output=True, text=True, timeout=timeout_s)
 
 
 def clear(args: list[str]) -> str:
@@ -91,7 +91,7 @@ def inside(fault: str, folder: Path, data: Path, serial: bool) -> dict[str, Any]
     mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(folder)], capture_output=True).returncode
     run, log = folder / "run", Path(tempfile.mkdtemp(prefix="disk_")) / "log"
     args = command(data, run, serial=serial)
-    process = subprocess.Popen(args, cwd=ROOT, env=ENV, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    process = subprocess.Popen(args, cwd=ROOT, env=os.environ | ENV, stdout=log.open("w"), stderr=subprocess.STDOUT)
     wait_for(lambda: any("u0000040" not in p.name for p in folders(run / "checkpoints")) and len(folders(run / "checkpoints")) > 1, process, log)
     mend = spoil(fault, folder, process.pid, mounted)
     code = process.wait(PATIENCE_S)

@@ -34,6 +34,10 @@ class ChaosError(AssertionError):
     """Something that a test waits for did not happen; the message has the end of the run's own output."""
 
 
+def mark() -> None:
+    os.environ[MARK] = str(os.getpid())
+
+
 def marked() -> list[psutil.Process]:
     """Every live process that this one or its children started (itself not)."""
     word, found = f"{MARK}={os.getpid()}".encode(), []
@@ -69,7 +73,7 @@ class Run:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], config: str | None = None, environment: Mapping[str, str] | None = None):
         self.path, self.settings, self.config = path, dict(settings), config
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(os.getpid()), **(environment or {})}
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         self.output = path.with_suffix(".log")
         self.process: subprocess.Popen | None = None
         self.killed: list[tuple[float, list[psutil.Process]]] = []      # when, and what ran then
