@@ -156,11 +156,20 @@ def weights(s: Setting) -> list[Row]:
 
 @bench("e2e")
 def e2e(s: Setting) -> list[Row]:
-    """Serial against Ray: the same environments and planning batches, learners idle."""
-    from modip_ray.bench_e2e import overhead
-    serial, ray = overhead(s.cfg)
-    return [compared("e2e.ray_ms_per_env_step", ray, "ms", serial, "one process"), Row("e2e.ray_overhead_ms_per_env_step", ray - serial, "ms"),
-            compared("e2e.steps_per_s", 1e3 / ray, "1/s", 1e3 / serial, "one process")]
+    """Environment steps a second of each stage alone and of all together, processor time of a step by role; and Ray against one process, learners idle."""
+    from modip_ray import bench_e2e
+    seconds = 8 * s.seconds
+    found = {stage: bench_e2e.measure(s.cfg, stage, seconds) for stage in bench_e2e.STAGES}
+    together, cost = found["all"].steps_per_s, found["all"].processor_ms
+    alone = {stage: m.steps_per_s for stage, m in found.items() if stage != "all"}
+    slowest, total, cores = min(alone, key=alone.__getitem__), sum(cost.values()), machine()["cpus"]
+    serial, ray = bench_e2e.overhead(s.cfg, seconds / 2)
+    return [compared("e2e.steps_per_s", together, "1/s", alone[slowest], f"the slowest stage alone: {slowest}"),
+            *(compared(f"e2e.steps_per_s.{stage}_only", rate, "1/s", together, "all together") for stage, rate in alone.items()),
+            *(compared(f"e2e.processor_ms_per_step.{role}", ms, "ms", total, "all roles together") for role, ms in sorted(cost.items())),
+            compared("e2e.processors_busy", total * together / 1e3, "processors", cores, "all there are"),
+            compared("e2e.ray_ms_per_env_step", ray, "ms", serial, "one process; learners idle"),
+            Row("e2e.ray_overhead_ms_per_env_step", ray - serial, "ms")]
 
 
 @bench("channel")
