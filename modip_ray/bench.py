@@ -1,4 +1,4 @@
-"""Short speed measurements, each beside a reference measured in the same run: a table and a JSON file. Gates nothing.
+"""Short speed measurements, each beside a reference measured in the same run and the newest earlier result: a table and a JSON file. Gates nothing.
 
 `modip bench {planner,learner,replay,envs,weights,e2e,all} [--json FILE]`. Only e2e starts Ray. To add a group of measurements,
 write a function (Setting) -> list[Row] and decorate it with @bench("name").
@@ -10,7 +10,7 @@ import argparse
 import copy
 import json
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modip_ray import bench_kernels, bench_replay
+from modip_ray import bench_history, bench_kernels, bench_replay
 from modip_ray.bench_rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
 from modip_ray.config import Config, ConfigError, load, nearest, task_names
 from modip_ray.learning.env_source import env_factory
@@ -205,14 +205,18 @@ def scale(s: Setting) -> list[Row]:
                             f"ideal; {p.rows_per_batch:.0f} rows a batch, {1e3 * p.answer_s:.1f} ms to an answer, {p.saturated} limits") for fleet, p in found]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Aligned columns: name, value, unit, reference, ratio, what the reference is."""
+def table(rows: Sequence[Row], before: Mapping[str, bench_history.Earlier] | None = None) -> str:
+    """Aligned columns: name, value, unit, reference, ratio, the ratio (or value, where there is none) of an earlier run, what the reference is."""
     def text(x: float | None) -> str:
         return "" if x is None else f"{x:.4g}" if abs(x) < 1e4 else f"{x:.0f}"
 
-    lines = [("measurement", "value", "unit", "reference", "ratio", "against"),
-             *((r.name, text(r.value), r.unit, text(r.reference), text(r.ratio), r.against) for r in rows)]
-    justify = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust, str.ljust)
+    def was(row: Row) -> str:
+        old = (before or {}).get(row.name)
+        return text(old.figure) if old is not None and old.unit == row.unit else ""
+
+    lines = [("measurement", "value", "unit", "reference", "ratio", "before", "against"),
+             *((r.name, text(r.value), r.unit, text(r.reference), text(r.ratio), was(r), r.against) for r in rows)]
+    justify = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
     width = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(j(cell, w) for j, cell, w in zip(justify, line, width, strict=True)).rstrip() for line in lines)
 
@@ -230,7 +234,7 @@ def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds:
     names = list(BENCHES) if "all" in what else list(dict.fromkeys(what))
     setting = Setting(load(overrides=overrides), seconds)
     rows: list[Row] = []
-    threads = torch.get_num_threads()
+    before, threads = bench_history.earlier(), torch.get_num_threads()
     prepare_process(1)
     try:
         for name in names:
@@ -238,7 +242,7 @@ def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds:
             if tdmpc2 is not None and name in ("planner", "learner"):
                 from modip_ray.bench_tdmpc2 import against
                 found += against(setting, tdmpc2, name)
-            print(table(found) + "\n", flush=True)
+            print("\n".join([table(found, before), *bench_history.regressions(found, before)]) + "\n", flush=True)
             rows += found
     finally:
         torch.set_num_threads(threads)
