@@ -63,12 +63,13 @@ class RaySystem:
         self.call = watch.call
         self.bc, self.final = saved_bc(checkpoint), {}                              # final: all weights, once training is over
         self.env_steps, self.pool = 0, None
-        self.store = watch.add("the weight store", "store", WeightStore.options(name=self.store_name, **options(cfg, "store")).remote(spec.weights),
+        self.kept = agent, shared, *data = [ray.put(x) for x in (spec.weights, spec, *(episodes[i::shards] for i in range(shards)))]
+        self.store = watch.add("the weight store", "store", WeightStore.options(name=self.store_name, **options(cfg, "store")).remote(agent),
                                self.restore_weights)
-        self.replays = [ReplayActor.options(name=name, **options(cfg, "replay")).remote(cfg, episodes[i::shards], checkpoint, i, folder)
+        self.replays = [ReplayActor.options(name=name, **options(cfg, "replay")).remote(cfg, data[i], checkpoint, i, folder)
                         for i, name in enumerate(self.replay_names)]
         learner = LearnerActor.options(**options(cfg, "learner"))
-        self.learners = {s: learner.remote(cfg, spec, s, self.replay_names, self.store_name, checkpoint, live) for s in STREAMS}
+        self.learners = {s: learner.remote(cfg, shared, s, self.replay_names, self.store_name, checkpoint, live) for s in STREAMS}
         for i, actor in enumerate(self.replays):
             watch.add(numbered("the replay", i, shards), "replay", actor)
         for stream, actor in self.learners.items():
@@ -91,6 +92,7 @@ class RaySystem:
 
     pool: RolloutPool | None
     final: Newer
+    kept: list[ray.ObjectRef]           # large arguments of actors that may restart: Ray deletes those of its own making at times (ReferenceCountingAssertionError)
 
     def restore_weights(self) -> None:
         """Into the store, which may have begun anew, what only the driver knows. Not waited for: an answer that is missing is the store's own silence."""

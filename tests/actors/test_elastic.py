@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +24,14 @@ PLACEMENT = {"rollout": {"rollout": 1}, **{role: TRAINER for role in ("planner",
 
 
 class SlowPoint(PointEnv):
+    """So slow, until the file is there, that workers join and leave before the steps are over, on a busy machine too."""
+
+    def __init__(self, hurry):
+        super().__init__()
+        self.hurry = hurry
+
     def step(self, action):
-        time.sleep(0.005)
+        time.sleep(0.005 if self.hurry.exists() else 0.07)
         return super().step(action)
 
 
@@ -40,12 +48,12 @@ def nodes():
     cluster.shutdown()
 
 
-def setup(**dotted) -> Setup:
+def setup(hurry=Path("/"), **dotted) -> Setup:
     cfg = small(**{"pretrain__updates": 21, "pretrain__policy_updates": 21, "rollout__num_workers": {"min": 1, "max": 3}, "rollout__envs_per_worker": 2,
                    "rollout__groups": 2, "planner__replicas": 2, "replay__shards": 2, "replay__samples_per_insert_slack": 1000.0,
                    "resources__placement": PLACEMENT, **dotted})
     episodes = collect(Noisy(), PointEnv, 600, STEPS, seed=0, num_envs=4)
-    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, SlowPoint)
+    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, partial(SlowPoint, hurry))
 
 
 def advance_until(system, ready, phase="online", patience_s=90.0):
@@ -74,7 +82,8 @@ def error_of_another_disk(system, folder) -> ConfigError:
 @pytest.fixture(scope="module")
 def run(nodes, tmp_path_factory):
     from modip_ray.actors.system import RaySystem
-    s = setup(online__env_steps=2000)
+    hurry = tmp_path_factory.mktemp("gate") / "hurry"
+    s = setup(hurry, online__env_steps=2000)
     system, facts = RaySystem(s), {}
     facts["unseen"] = error_of_another_disk(system, tmp_path_factory.mktemp("folder"))
     facts["pretrained"], _ = advance_until(system, lambda status: status.done, "pretrain")
@@ -83,10 +92,11 @@ def run(nodes, tmp_path_factory):
     more = nodes.add_node(num_cpus=2, resources={"rollout": 2})
     _, facts["joining"] = advance_until(system, lambda _: len(system.pool.members) == 3)
     at = system.env_steps
-    advance_until(system, lambda _: system.env_steps > at + 300)
+    advance_until(system, lambda _: system.env_steps > at + 100)
     facts["three"] = system.gauges()
     nodes.remove_node(more, allow_graceful=False)
     _, facts["leaving"] = advance_until(system, lambda _: len(system.pool.members) == 1)
+    hurry.touch()
     facts["online"], _ = advance_until(system, lambda status: status.done)
     facts["gauges"], facts["replay"] = system.gauges(), system.replay_status()
     facts["shards"] = [ray.get(replay.status.remote()) for replay in system.replays]
