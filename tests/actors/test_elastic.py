@@ -92,7 +92,7 @@ def run(nodes, tmp_path_factory):
     more = nodes.add_node(num_cpus=2, resources={"rollout": 2})
     _, facts["joining"] = advance_until(system, lambda _: len(system.pool.members) == 3)
     at = system.env_steps
-    advance_until(system, lambda _: system.env_steps > at + 100)
+    advance_until(system, lambda _: system.env_steps > at + 300)
     facts["three"] = system.gauges()
     nodes.remove_node(more, allow_graceful=False)
     _, facts["leaving"] = advance_until(system, lambda _: len(system.pool.members) == 1)

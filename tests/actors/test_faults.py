@@ -75,6 +75,7 @@ def run(tmp_path_factory):
             facts["seconds"][f"{role} stopped"] = seconds
             steps.progress()
             facts[f"{role} stopped"] = (pid, system.processes()[role])
+        steps.until(lambda: len(system.pool.acknowledged) == 2)                      # the new worker's first report is there
         system.cfg = dataclasses.replace(cfg, online=dataclasses.replace(cfg.online, env_steps=system.env_steps + 100))
         steps.until(lambda: steps.status.done)
         facts |= {"gauges": system.gauges(), "replay": system.replay_status(), "incidents": steps.incidents, "status": steps.status}
