@@ -92,7 +92,7 @@ class RaySystem:
 
     pool: RolloutPool | None
     final: Newer
-    kept: list[ray.ObjectRef]           # large arguments of actors that may restart: Ray deletes those of its own making at times (ReferenceCountingAssertionError)
+    kept: list[ray.ObjectRef]           # large arguments of actors that may restart: the copies that Ray makes by itself were gone at times
 
     def restore_weights(self) -> None:
         """Into the store, which may have begun anew, what only the driver knows. Not waited for: an answer that is missing is the store's own silence."""
