@@ -60,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
                    help="act with another setting than the run's, e.g. --set resources.precision=fp32 --set guard.trust=0.1")
 
+    p = command(commands, "restore", run_restore, "fetch a run's newest checkpoint from where log.mirror put it, to measure, export or serve it")
+    p.add_argument("address", metavar="ADDRESS", help="a folder, s3://BUCKET/PATH, gs://BUCKET/PATH, ...")
+    p.add_argument("run_folder", type=Path, metavar="RUN", help="the folder to make")
+
     p = command(commands, "collect", run_collect, "roll a policy out and write D4RL's HDF5 layout")
     p.add_argument("--policy", required=True, metavar="demonstrator|RUN|FILE.hdf5",
                    help="the shipped demonstrator, a run folder, or a D4RL file with a policy in it")
@@ -126,6 +130,18 @@ def run_eval(args: argparse.Namespace) -> int:
     for mode, d in found.get("against_bc", {}).items():
         print(f"{mode} - bc, paired by seed: {number(d['mean'])}  (95 %: {interval(d['ci95'])}), {d['ratio']:.3f} x")
     write_json(args.json_file, found)
+    return 0
+
+
+def run_restore(args: argparse.Namespace) -> int:
+    from modip_ray.learning.mirror import Mirror
+    from modip_ray.runfolder import RunError
+    if args.run_folder.exists():
+        raise RunError(f"{args.run_folder}: is there already; give the name of a new folder")
+    found = Mirror(args.address).pull(args.run_folder)
+    if found is None:
+        raise RunError(f"{args.address}: has no finished checkpoint; expected what a run with log.mirror={args.address} puts there")
+    print(found.path)
     return 0
 
 

@@ -235,6 +235,7 @@ class Log:
     keep_checkpoints: int
     audit: bool
     keep_best: bool
+    mirror: str | None
     grace_s: float
     tensorboard: bool
     ray_metrics: bool

@@ -23,6 +23,7 @@ import yaml
 from modip_ray.config import Config, ConfigError, build, config_dir, merge, read_yaml
 from modip_ray.config_rules import shown
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, best, newest, write_synced
+from modip_ray.learning.mirror import Mirror
 from modip_ray.report.rundata import flatten
 
 FREE = ("run_dir", "serial", "resources.", "log.", "eval.", "online.env_steps", "rollout.num_workers", "rollout.env_timeout_s",
@@ -67,6 +68,8 @@ class RunFolder:
             self.lock = self.locked()
         except (OSError, ValueError) as error:                                      # ValueError: a name that no file can have
             raise RunError(f"run_dir: {shown(str(self.path))} cannot be made or written ({error}); choose another run_dir") from error
+        if cfg.log.mirror is not None:
+            self.restore(cfg.log.mirror)
         earlier = saved_config_tree(self.path)
         if earlier is None and (self.path / "checkpoints").is_dir():
             raise RunError(f"{self.path}: holds checkpoints but no config.yaml; restore it, or use another run_dir")
@@ -88,6 +91,19 @@ class RunFolder:
             handle.close()
             raise RunError(f"{self.path}: another process is training in this folder; wait for it, stop it, or use another run_dir") from error
         return handle
+
+    def restore(self, address: str) -> None:
+        """What the mirror has of the run, into a folder that has nothing yet (log.mirror). ConfigError where the mirror is of other settings."""
+        mirror = Mirror(address)
+        mirror.check()
+        if (self.path / "config.yaml").exists():
+            return
+        text = mirror.read("config.yaml")
+        if text is not None:
+            check_same(yaml.safe_load(text), self.cfg, address)
+        found = mirror.pull(self.path)
+        if found is not None:
+            print(f"restored from {address}: checkpoint {found.path.name}", flush=True)
 
     def finished_summary(self) -> dict | None:
         """The summary of a run that these very settings have finished."""
@@ -151,9 +167,9 @@ def open_checkpoint(path: Path, which: Literal["newest", "best"] = "newest") -> 
     return checkpoint
 
 
-def check_same(earlier: dict, cfg: Config, path: Path) -> None:
+def check_same(earlier: dict, cfg: Config, path: Path | str) -> None:
     """ConfigError naming the settings that decide results and differ from those the folder was started with."""
-    old, new = flatten(with_defaults(earlier, path)), flatten(cfg.to_dict())
+    old, new = flatten(with_defaults(earlier, Path(path))), flatten(cfg.to_dict())
     differing = [k for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k) and not k.startswith(FREE)]
     if differing:
         shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing[:6])

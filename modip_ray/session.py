@@ -15,6 +15,7 @@ from typing import Any
 from modip_ray.config import Config
 from modip_ray.learning.checkpoint import begin, best_score, commit, commit_best, stage_best
 from modip_ray.learning.evaluation import MODES, Job, Outcome, joined
+from modip_ray.learning.mirror import Mirroring
 from modip_ray.learning.system import Report, Status, System
 from modip_ray.report.metrics import MetricsLog
 from modip_ray.report.progress import Progress
@@ -104,6 +105,7 @@ class Session:
         resumed_at = {"phase": self.phase, "env_steps": self.status.env_steps, "updates": self.status.updates} if earlier else None
         self.progress = Progress()
         self.log = MetricsLog(folder.path, cfg.log.tensorboard, cfg.log.wandb, cfg.log.wandb_project, cfg.to_dict(), resumed_at, self.progress.say)
+        self.mirror = Mirroring(cfg.log.mirror, folder.path, cfg.log.keep_checkpoints) if cfg.log.mirror is not None else None
         self.system: System | None = None
         self.data_score: dict = {}
         self.pending: list[Status] = []
@@ -136,17 +138,23 @@ class Session:
         """After each piece of work: show, log, save, and stop if asked to."""
         self.status = status
         for incident in status.incidents:
-            self.progress.say(incident)
-            self.log.write({"kind": "incident", "text": incident})
+            self.incident(incident)
+        if self.mirror is not None:
+            self.incident(self.mirror.problem())
         self.pending.append(status)
         self.progress.update(done, **extras)
         now = time.monotonic()
         if now - self.logged_at >= self.cfg.log.every_s or status.done:
             self.write_train_row()
-            self.write_system_row(self.system.gauges() if self.system is not None else {})
+            self.write_system_row((self.system.gauges() if self.system is not None else {}) | (self.mirror.gauges() if self.mirror is not None else {}))
         self.stop.check()
         if now - self.saved_at >= self.cfg.log.checkpoint_every_s:
             self.save()
+
+    def incident(self, text: str | None) -> None:
+        if text is not None:
+            self.progress.say(text)
+            self.log.write({"kind": "incident", "text": text})
 
     # ---- rows --------------------------------------------------------------------------------------------------------------------------------
 
@@ -228,6 +236,8 @@ class Session:
             raise
         self.saved_at = time.monotonic()
         self.write_timings()
+        if self.mirror is not None:
+            self.mirror.offer(final)
         return final
 
     def stopped(self) -> None:
@@ -256,4 +266,7 @@ class Session:
         self.log.write({"kind": "phase", **self.position()})
 
     def close(self) -> None:
+        self.stop.saved()
+        if self.mirror is not None:
+            self.incident(self.mirror.finish())
         self.log.close()

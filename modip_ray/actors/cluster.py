@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
 
 from modip_ray.actors.placement import Bundle, demands, missing, total
@@ -25,6 +26,7 @@ from modip_ray.runfolder import RunError
 
 PREFIX = "modip_ray_"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}     # Ray as on a laptop's system: every server of it on 127.0.0.1, where it would be on all interfaces
 NICENESS = {"RAY_worker_niceness": "0"}      # Ray's default of 15 lets any other process of the machine take the actors' processor time
 LOOK_AGAIN_S = 2.0
 PROBE_S = 5.0
@@ -41,6 +43,18 @@ def environment(values: dict[str, str]) -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray that starts in the block listens on this machine alone. Ray has read its variable when it was imported: here too it is told anew."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with environment(LOOPBACK):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
@@ -123,7 +137,8 @@ class Cluster:
         for last in (False, True):
             self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")       # sockets need a short path
             try:
-                ray.init(address="local", _temp_dir=self.folder, include_dashboard=False, **settings)
+                with on_loopback():
+                    ray.init(address="local", _temp_dir=self.folder, include_dashboard=False, **settings)
                 return
             except Exception as error:                                                         # Ray raises a bare Exception here
                 if LATE not in str(error):

@@ -257,11 +257,11 @@ class RaySystem:
         (batches, rows, requests, waited), self.totals_before = np.maximum(totals - self.totals_before, 0), totals
         if batches:
             found |= {"planner/rows_per_batch": rows / batches, "planner/answer_ms": 1e3 * waited / requests}
-        newest = self.call([self.store.status.remote()], "the weight store")[0]
-        behind = [newest["model"][0] - p["versions"]["model"] for p in planners if "model" in p["versions"]]
+        version, age_s = self.call([self.store.status.remote()], "the weight store")[0].get("model", (0, 0.0))      # none yet in one that began anew
+        behind = [max(0, version - p["versions"]["model"]) for p in planners if "model" in p["versions"]]
         found["planner/not_finite"] = float(sum(p["not_finite"] for p in planners))
         return found | {"planner/queued": float(sum(p["queued"] for p in planners)), "planner/updates_behind": float(max(behind, default=0)),
-                        "planner/seconds_behind": newest["model"][1] if any(behind) else 0.0}
+                        "planner/seconds_behind": age_s if any(behind) else 0.0}
 
     def planner_statuses(self) -> list[dict[str, Any]]:
         """Of those planners that answer at once: one that starts, or that Ray restarts, is left out."""

@@ -60,3 +60,19 @@ def test_folders_of_drivers_that_are_gone_are_removed_and_others_stay():
     cluster.remove_stale()
     assert [folder.exists() for folder in folders] == [False, True]
     folders[1].rmdir()
+
+
+@pytest.mark.ray
+def test_nothing_of_a_private_ray_listens_beyond_this_machine():
+    import psutil
+    import ray
+
+    from modip_ray.actors.cluster import Cluster
+    cluster = Cluster(small(resources__placement={}))
+    try:
+        assert ray.get(ray.remote(lambda: 1).remote()) == 1
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        listening = {c.laddr.ip.removeprefix("::ffff:") for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    finally:
+        cluster.close()
+    assert len(processes) > 5 and listening == {"127.0.0.1"}
