@@ -215,6 +215,7 @@ class Resources:
     compile: Literal[True, False, "auto"]
     planner_gpus: float
     learner_gpus: float
+    learner_replicas: int
     planner_cpus: float
     learner_cpus: float
     rollout_cpus: float

@@ -20,7 +20,7 @@ POSITIVE = """
     planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker rollout.groups rollout.segment_length rollout.env_timeout_s
     replay.shards replay.capacity replay.prefetch
     eval.episodes eval.every_episodes eval.bootstrap task.max_episode_steps data.transitions resources.torch_threads resources.call_timeout_s
-    resources.silent_s resources.restart_s resources.snapshot_s
+    resources.silent_s resources.restart_s resources.snapshot_s resources.learner_replicas
     log.every_s log.keep_checkpoints log.grace_s distill.beta distill.n_step
     learner.max_bad_updates learner.snapshot_every learner.max_roll_backs
 """.split()
@@ -68,7 +68,7 @@ def validate(cfg: Config) -> None:
 
 
 def scale_rules(cfg: Config) -> None:
-    """Workers, groups, and where the roles live."""
+    """Workers, groups, processes of a role, and where the roles live."""
     rollout, replay = cfg.rollout, cfg.replay
     need(rollout.least >= 1, "rollout.num_workers", rollout.least, "must be at least 1")
     need(rollout.least <= rollout.most, "rollout.num_workers", f"min {rollout.least}, max {rollout.most}", "min must not exceed max")
@@ -77,6 +77,10 @@ def scale_rules(cfg: Config) -> None:
     need(replay.capacity // replay.shards >= rollout.segment_length, "replay.shards", replay.shards,
          f"leaves {replay.capacity // replay.shards} transitions a shard; each must hold rollout.segment_length={rollout.segment_length}")
     need(replay.shards == 1 or not cfg.serial, "replay.shards", replay.shards, "must be 1 in serial mode, which has one replay")
+    n = cfg.resources.learner_replicas
+    need(n == 1 or not cfg.serial, "resources.learner_replicas", n, "must be 1 in serial mode, which has one process")
+    for name, rows in (("world_model", cfg.world_model.batch_size), ("policy", cfg.policy.batch_size)):
+        need(rows % n == 0, "resources.learner_replicas", n, f"must divide {name}.batch_size={rows} evenly: each process takes its share of the rows")
     for role, wanted in cfg.resources.placement.items():
         need(role in ROLES, "resources.placement", role, f"is no role; roles: {', '.join(ROLES)}")
         need(isinstance(wanted, dict), f"resources.placement.{role}", wanted, "must be a mapping of resources, e.g. {trainer: 0.01}")

@@ -16,6 +16,7 @@ import torch
 from modip_ray.actors.batches import BatchSource
 from modip_ray.actors.placement import sees
 from modip_ray.actors.pulse import GROUP, PULSE, Life, Pulse
+from modip_ray.actors.ranks import Ranks
 from modip_ray.config import Config
 from modip_ray.learning.build import Spec, agent_of, device_of
 from modip_ray.learning.checkpoint import Checkpoint, write_state
@@ -23,9 +24,9 @@ from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.live import newest_state, write_snapshot
 from modip_ray.learning.replay_server import shard_updates
-from modip_ray.learning.updater import Updater, learner_state, load_learner
+from modip_ray.learning.updater import Updater, learner_state, load_learner, load_parts
 from modip_ray.model.hardware import prepare_process
-from modip_ray.model.networks import flat_vector, load_vector
+from modip_ray.model.networks import flat_vector
 from modip_ray.timing import Timer
 
 
@@ -39,14 +40,19 @@ class LearnerReport(NamedTuple):
 
 @ray.remote(max_restarts=-1, max_task_retries=-1, concurrency_groups=GROUP)
 class LearnerActor:
-    """Killed, it goes on from its last snapshot: the updates since are made again, on other data if more is there by now. Any call may be repeated."""
+    """Killed, it goes on from its last snapshot: the updates since are made again, on other data if more is there by now. Any call may be repeated.
+
+    Where resources.learner_replicas is above 1, this is rank 0 of so many processes, and starts the others (ranks.py).
+    """
 
     def __init__(self, cfg: Config, spec: Spec, stream: Stream, replays: Sequence[str], store: str, checkpoint: Checkpoint | None, live: Path | None = None):
         """live: where snapshots are kept; then it is from there, or the run's newest checkpoint of now, that it begins, not from the one given."""
         prepare_process(cfg.resources.torch_threads)
         self.cfg, self.stream, self.timer, self.live = cfg, stream, Timer(), live
         self.store = ray.get_actor(store)
-        self.learner = Learner(cfg, agent_of(cfg, spec, device_of(cfg, cfg.resources.learner_gpus)), cfg.seed)
+        device = device_of(cfg, cfg.resources.learner_gpus)
+        self.ranks = Ranks(cfg, spec, stream, device)
+        self.learner = Learner(cfg, agent_of(cfg, spec, device), cfg.seed, self.ranks.replicas)
         self.updater = Updater(cfg, self.learner, self.timer)
         used = [0] * len(replays)
         self.life = Life(self.timer)
@@ -58,6 +64,7 @@ class LearnerActor:
                     used = shard_updates(state, len(replays)).tolist()
             if part == stream:
                 self.life.note = f"from update {self.updater.count(stream)} on ({source})"
+        self.ranks.begin(self.learner)
         self.batches = BatchSource([ray.get_actor(name) for name in replays], stream, used, cfg.replay.prefetch, cfg.resources.call_timeout_s, self.timer)
         self.versions: dict[str, int] = {}
         self.exchanged_at = float("-inf")
@@ -68,7 +75,7 @@ class LearnerActor:
 
     @ray.method(**PULSE)
     def pulse(self) -> Pulse:
-        return self.life.pulse()
+        return self.ranks.with_helpers(self.life.pulse())
 
     def sees(self, folder: str, token: str) -> bool:
         return sees(folder, token)
@@ -84,12 +91,14 @@ class LearnerActor:
                 self.exchange()
             batch = self.batches.next()
             if batch is not None:
+                self.ranks.update(batch)
                 self.updater.update(self.stream, batch)
         incidents, self.incidents = self.incidents + self.updater.take_incidents(), []
         return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot(), incidents)
 
     def update(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
         """One update on a given batch (tests compare it with the serial one)."""
+        self.ranks.update(batch)
         self.updater.update(self.stream, {k: np.array(v) for k, v in batch.items()})
         return self.updater.take_metrics()
 
@@ -117,11 +126,11 @@ class LearnerActor:
     def pull(self) -> None:
         newer, _ = self.get(self.store.newer.remote(self.versions))
         self.versions |= {part: version for part, (version, _) in newer.items()}
-        other = "model" if self.stream == "policy" else "policy"
-        if other in newer:
-            self.learner.agent.load_flat(newer[other][1], other)
-        if "target_critic" in newer and self.stream == "policy":
-            load_vector(self.learner.target_critic.state_dict().values(), newer["target_critic"][1], "the target critic")
+        wanted = ("model", "target_critic") if self.stream == "policy" else ("policy",)
+        parts = {part: vector for part, (_, vector) in newer.items() if part in wanted}
+        if parts:
+            self.ranks.load(parts)
+            load_parts(self.learner, parts)
 
     def settle(self) -> int:
         """Publish, and wait until the store has it."""

@@ -42,7 +42,8 @@ def options(cfg: Config, role: str) -> dict[str, Any]:
 
 def demands(cfg: Config) -> list[Demand]:
     """All that must be there before a run starts: every role, with the least number of rollout workers."""
-    counts = {"store": 1, "replay": cfg.replay.shards, "learner": len(STREAMS), "planner": cfg.planner.replicas, "evaluator": 1, "rollout": cfg.rollout.least}
+    counts = {"store": 1, "replay": cfg.replay.shards, "learner": len(STREAMS) * cfg.resources.learner_replicas, "planner": cfg.planner.replicas,
+              "evaluator": 1, "rollout": cfg.rollout.least}
     return [Demand(role, n, bundle(cfg, role), {k: setting(role, k) for k in bundle(cfg, role)}) for role, n in counts.items()]
 
 

@@ -33,6 +33,7 @@ class Pulse(NamedTuple):
     waits: dict[str, float]         # seconds spent waiting so far, by reason; waits that are going on included
     doing: dict[str, float]         # what is going on, by name: for how many seconds
     note: str                       # what it went on from when it began
+    helpers: tuple[int, ...] = ()   # ids of further processes that live and die with it
 
 
 class Life:

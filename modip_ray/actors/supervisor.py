@@ -178,7 +178,7 @@ class Supervisor:
 
     def processes(self) -> dict[str, list[int]]:
         """Process ids by role, of those that serve."""
-        return {group: [pulse.pid for pulse in pulses.values()] for group, pulses in self.pulses.items()}
+        return {group: [pid for pulse in pulses.values() for pid in (pulse.pid, *pulse.helpers)] for group, pulses in self.pulses.items()}
 
     def gauges(self) -> dict[str, float]:
         """By role: restarts since this process began, memory, references, waits; and how full Ray's object store is."""

@@ -18,6 +18,7 @@ from modip_ray.config import Config
 from modip_ray.learning.distill import imitation_weights
 from modip_ray.learning.guard import UpdateGuard
 from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.parallel import ALONE, Replicas
 from modip_ray.model.agent import Agent
 from modip_ray.model.critic import td_target
 from modip_ray.model.hardware import compiled, uses_compile
@@ -30,17 +31,21 @@ SKIPPED = "guard/skipped"           # 1.0 in the metrics of an update that the g
 
 
 def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    return {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
+    """On the device. To CUDA from page-locked memory, so that this process need not wait for the copy."""
+    if device.type != "cuda":
+        return {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
+    return {k: torch.from_numpy(v).pin_memory().to(device, non_blocking=True) for k, v in batch.items()}
 
 
 class Learner:
     """Owns the agent's trainable weights, the raw (not averaged) policy, the target critic and the optimisers.
 
     The world model with the critic, and the policy, share no gradient: `update_model` and `update_policy` may run in either order.
+    `replicas`: the processes that make these updates together, each from the same weights and with the same whole batches.
     """
 
-    def __init__(self, cfg: Config, agent: Agent, seed: int = 0):
-        self.cfg, self.agent = cfg, agent
+    def __init__(self, cfg: Config, agent: Agent, seed: int = 0, replicas: Replicas = ALONE):
+        self.cfg, self.agent, self.replicas = cfg, agent, replicas
         self.device = agent.normalizer.obs_mean.device
         self.policy = copy.deepcopy(agent.policy)                                   # trained; agent.policy is its running average
         self.target_critic = copy.deepcopy(agent.critic).requires_grad_(False)
@@ -65,28 +70,36 @@ class Learner:
 
     def update_model(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """One step of world model and critic on a batch of `ReplayBuffer.sequences`."""
-        b = to_tensors(batch, self.device)
+        whole = to_tensors(batch, self.device)
+        b = self.replicas.own_rows(whole) | {"all_mask": whole["mask"], "all_value_mask": whole["value_mask"]}
         loss, metrics = self.with_precision(self.model_loss, b | self.asked_of_policy(b) if asks_policy(self.cfg) else b)
-        norm, skipped = self.step(self.model_opt, loss, self.guards["model"], self.updates, self.cfg.world_model.grad_clip)
+        norm, skipped = self.step(self.model_opt, loss, metrics, self.guards["model"], self.updates, self.cfg.world_model.grad_clip)
         ema_update(self.target_critic, self.agent.critic, self.cfg.critic.tau)
         self.updates += 1
         return {**metrics, "model/grad_norm": norm, SKIPPED: skipped}
 
-    def step(self, opt: torch.optim.Adam, loss: Tensor, guard: UpdateGuard, count: int, clip: float = math.inf) -> tuple[Tensor, Tensor]:
+    def step(self, opt: torch.optim.Adam, loss: Tensor, metrics: Metrics, guard: UpdateGuard, count: int, clip: float = math.inf) -> tuple[Tensor, Tensor]:
         """Backward pass and the optimiser's step, with the gradient norm limited to `clip`; the guard may say that there is none.
 
         Returns the norm () before that, and 1.0 where the step was skipped. As torch.amp.GradScaler does, both the divisor of the gradient and
-        the verdict go to the optimiser as tensors, so nothing is read back.
+        the verdict go to the optimiser as tensors, so nothing is read back. Where there are replicas, gradient, loss and metrics become their means.
         """
         opt.zero_grad()
         loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for group in opt.param_groups for p in group["params"]])
+        grads, loss = [p.grad for group in opt.param_groups for p in group["params"]], loss.detach()
+        self.replicas.average([*grads, loss, *metrics.values()])
+        norm = nn.utils.get_total_norm(grads)
         opt.grad_scale = ((norm + 1e-6) / clip).clamp(min=1)
-        opt.found_inf = skipped = guard(loss.detach(), norm, count)
+        opt.found_inf = skipped = guard(loss, norm, count)
         opt.step()
         return norm, skipped
 
+    def total(self, weights: Tensor) -> Tensor:
+        """What this process divides a sum over its own rows by, from the weights of all rows."""
+        return self.replicas.share(weights.sum().clamp(min=1))
+
     def world_model_and_value_loss(self, b: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        """all_mask, all_value_mask: of the whole batch; all else of this process's rows."""
         cfg, model, critic, norm = self.cfg, self.agent.world_model, self.agent.critic, self.agent.normalizer
         obs = norm.obs(b["obs"])                                                    # (B, H+1, Do)
         actions = norm.action(b["action"])                                          # (B, H, Da)
@@ -97,19 +110,20 @@ class Learner:
             next_value = self.target_critic(z_boot) if cfg.critic.target == "value" else self.target_critic.action_value(z_boot, b["policy_action"])
             y = td_target(b["n_step_return"], b["discount"], next_value.mean(0))    # (B, H+1)
         latents, rewards, terminations = model.rollout(model.encode(obs[:, 0]), actions)
-        mask, count = b["mask"], b["mask"].sum().clamp(min=1)                       # (B, H)
         rho = cfg.world_model.rho ** torch.arange(horizon + 1, device=self.device)  # (H+1,)
-        rho_mask, value_mask = mask * rho[:-1], b["value_mask"] * rho
+        mask, rho_mask, value_mask = b["mask"], b["mask"] * rho[:-1], b["value_mask"] * rho                # (B, H), (B, H), (B, H+1)
+        rho_total = self.total(b["all_mask"] * rho[:-1])
         # latents are simplices (SimNorm): summed over Dz a squared error lies in 0..2 per group, whatever Dz is
-        consistency = ((latents[:, 1:] - z_true).square().sum(-1) * rho_mask).sum() / rho_mask.sum().clamp(min=1)
-        reward = ((rewards - b["reward"] / model.reward_scale).square() * rho_mask).sum() / rho_mask.sum().clamp(min=1)
+        consistency = ((latents[:, 1:] - z_true).square().sum(-1) * rho_mask).sum() / rho_total
+        reward = ((rewards - b["reward"] / model.reward_scale).square() * rho_mask).sum() / rho_total
         ended = b["terminated"].float()
-        termination = (nn.functional.binary_cross_entropy_with_logits(terminations, ended, reduction="none") * mask).sum() / count
-        value = (critic.loss(latents, y).mean(0) * value_mask).sum() / value_mask.sum().clamp(min=1)
+        termination = (nn.functional.binary_cross_entropy_with_logits(terminations, ended, reduction="none") * mask).sum() / self.total(b["all_mask"])
+        value = (critic.loss(latents, y).mean(0) * value_mask).sum() / self.total(b["all_value_mask"] * rho)
         w = cfg.world_model
         loss = w.consistency * consistency + w.reward * reward + w.termination * model.terminates * termination + cfg.critic.weight * value
         if asks_policy(cfg):
-            loss = loss + self.action_value_loss(b, latents[:, :-1], actions, y[:, :-1], value_mask[:, :-1] * mask)
+            total = self.total(b["all_value_mask"][:, :-1] * rho[:-1] * b["all_mask"])
+            loss = loss + self.action_value_loss(b, latents[:, :-1], actions, y[:, :-1], value_mask[:, :-1] * mask, total)
         return loss, {"loss/consistency": consistency.detach(), "loss/reward": reward.detach(), "loss/termination": termination.detach(),
                       "loss/value": value.detach(), "value/target_mean": y.mean(), "value/target_std": y.std()}
 
@@ -117,23 +131,25 @@ class Learner:
     def asked_of_policy(self, b: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the losses of a `PolicyCritic` need and a compiled graph does not draw: the policy's actions where the targets bootstrap, random numbers."""
         policy, norm, found = self.agent.policy, self.agent.normalizer, {}
+        rows = len(b["all_mask"])                                                   # random numbers are drawn for all, and these rows' kept
         def noise(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=self.rng, device=self.device)
+            return self.replicas.own(torch.randn(rows, *shape, generator=self.rng, device=self.device))
         if self.cfg.critic.target == "policy_q":
             obs = norm.obs(b["bootstrap_obs"])                                      # (B, H+1, Do)
-            chunks = policy.sample(obs.flatten(0, 1), noise(obs[..., 0].numel(), 1, policy.horizon, policy.action_dim), self.cfg.policy.sampling_steps)
+            start = noise(obs.shape[1], 1, policy.horizon, policy.action_dim)       # (B, H+1, 1, chunk, Da)
+            chunks = policy.sample(obs.flatten(0, 1), start.flatten(0, 1), self.cfg.policy.sampling_steps)
             found["policy_action"] = chunks[:, 0, 0].view(*obs.shape[:-1], -1)      # (B, H+1, Da)
         if self.cfg.planner.tail == "policy_q":
-            found["noise"] = noise(*b["action"].shape)
-            found["t"] = torch.randint(policy.denoising_steps, (len(b["action"]),), generator=self.rng, device=self.device)
+            found["noise"] = noise(*b["action"].shape[1:])
+            found["t"] = self.replicas.own(torch.randint(policy.denoising_steps, (rows,), generator=self.rng, device=self.device))
         return found
 
-    def action_value_loss(self, b: Mapping[str, Tensor], z: Tensor, actions: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    def action_value_loss(self, b: Mapping[str, Tensor], z: Tensor, actions: Tensor, y: Tensor, mask: Tensor, total: Tensor) -> Tensor:
         """Of Q on the actions that were taken, z (B, H, Dz), targets y (B, H); and of the latent's policy, where the planner asks one."""
         critic, w = self.agent.critic, self.cfg.critic.weight
-        loss = w * (critic.action_loss(z, actions, y).mean(0) * mask).sum() / mask.sum().clamp(min=1)
+        loss = w * (critic.action_loss(z, actions, y).mean(0) * mask).sum() / total
         if self.cfg.planner.tail == "policy_q":
-            loss = loss + critic.policy.loss(z[:, 0].detach(), actions, torch.ones_like(mask[:, 0]), b["mask"], b["t"], b["noise"])
+            loss = loss + critic.policy.loss(z[:, 0].detach(), actions, torch.ones_like(mask[:, 0]), b["mask"], b["t"], b["noise"], self.total(b["all_mask"]))
         return loss
 
     def update_policy(self, batch: Mapping[str, np.ndarray], distil: bool) -> Metrics:
@@ -144,11 +160,13 @@ class Learner:
         weight = torch.ones(len(obs), device=self.device) if plain else self.weights(b, obs)          # (B,)
         t = torch.randint(self.policy.denoising_steps, (len(obs),), generator=self.rng, device=self.device)
         noise = torch.randn(chunk.shape, generator=self.rng, device=self.device)
-        loss = self.with_precision(self.policy_loss, obs, chunk, weight, b["mask"], t, noise)
-        norm, skipped = self.step(self.policy_opt, loss, self.guards["policy"], self.policy_updates)
+        total = self.replicas.share((weight[:, None] * b["mask"]).sum())
+        loss = self.with_precision(self.policy_loss, *map(self.replicas.own, (obs, chunk, weight, b["mask"], t, noise)), total)
+        metrics = {"loss/policy": loss.detach().clone()}
+        norm, skipped = self.step(self.policy_opt, loss, metrics, self.guards["policy"], self.policy_updates)
         self.policy_updates += 1
         ema_update(self.agent.policy, self.policy, 1 - self.ema_decay())
-        return {"loss/policy": loss.detach(), "policy/grad_norm": norm, "distill/share": (weight > 0).float().mean(), SKIPPED: skipped}
+        return {**metrics, "policy/grad_norm": norm, "distill/share": (weight > 0).float().mean(), SKIPPED: skipped}
 
     def with_precision(self, loss: Callable[..., T], *args: Any) -> T:
         """A loss with its matrix products in bf16 where resources.learner_precision says so; their gradients follow."""

@@ -14,6 +14,7 @@ from modip_ray.learning.checkpoint import CheckpointError
 from modip_ray.learning.guard import DivergedError, extremes
 from modip_ray.learning.learner import Learner, Metrics, mean_metrics
 from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.model.networks import load_vector
 from modip_ray.timing import Timer
 
 State = dict[str, np.ndarray]
@@ -147,6 +148,15 @@ def load_learner(learner: Learner, stream: Stream, state: Mapping[str, np.ndarra
     else:
         learner.policy_updates = int(state["updates"])
         learner.rng.set_state(torch.from_numpy(np.array(state["rng"])))
+
+
+def load_parts(learner: Learner, parts: Mapping[str, np.ndarray]) -> None:
+    """What the other stream's learner published: "model" or "policy" of the agent, and "target_critic", as flat vectors."""
+    for part, vector in parts.items():
+        if part == "target_critic":
+            load_vector(learner.target_critic.state_dict().values(), vector, "the target critic")
+        else:
+            learner.agent.load_flat(vector, part)
 
 
 def learner_tensors(learner: Learner, stream: Stream) -> dict[str, torch.Tensor]:

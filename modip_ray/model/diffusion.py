@@ -90,10 +90,11 @@ class DiffusionPolicy(nn.Module):
             return (noisy - sigma * pred) / signal, pred
         return pred, (noisy - signal * pred) / sigma
 
-    def loss(self, obs: Tensor, chunk: Tensor, weight: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, obs: Tensor, chunk: Tensor, weight: Tensor, mask: Tensor, t: Tensor, noise: Tensor, total: Tensor | None = None) -> Tensor:
         """The denoising loss, mean over valid elements of weighted rows.
 
-        obs (B, Do), chunk (B, H, Da), weight (B,) row weights, mask (B, H) valid chunk steps, t (B,) steps in 0..K-1, noise (B, H, Da).
+        obs (B, Do), chunk (B, H, Da), weight (B,) row weights, mask (B, H) valid chunk steps, t (B,) steps in 0..K-1, noise (B, H, Da);
+        total (): what the weighted sum is divided by (None: the weights of these rows).
         """
         flat, eps = chunk.flatten(1), noise.flatten(1)                              # (B, H*Da)
         signal = self.alpha_bar[t].sqrt().unsqueeze(-1)
@@ -101,7 +102,8 @@ class DiffusionPolicy(nn.Module):
         clean_pred, eps_pred = self.denoise(self.embed(obs), signal * flat + sigma * eps, t)
         error = (eps_pred - eps if self.parametrization == "eps" else clean_pred - flat).square().view_as(chunk)   # (B, H, Da)
         row_weight = weight[:, None] * mask                                         # (B, H)
-        return (error.mean(-1) * row_weight).sum() / row_weight.sum().clamp(min=1e-6)
+        total = row_weight.sum() if total is None else total
+        return (error.mean(-1) * row_weight).sum() / total.clamp(min=1e-6)
 
     @torch.no_grad()
     def sample(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
