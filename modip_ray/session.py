@@ -16,6 +16,7 @@ from modip_ray.config import Config
 from modip_ray.learning.checkpoint import begin, best_score, commit, commit_best, stage_best
 from modip_ray.learning.evaluation import MODES, Job, Outcome, joined
 from modip_ray.learning.mirror import Mirroring
+from modip_ray.learning.plan_probe import summary as plan_summary
 from modip_ray.learning.system import Report, Status, System
 from modip_ray.report.metrics import MetricsLog
 from modip_ray.report.progress import Progress
@@ -214,7 +215,9 @@ class Session:
                     self.keep_if_best(found["mean"])
             if report.diagnostics:
                 shares = {} if self.distilled is None or self.phase == "pretrain" else {"plan_share_distilled": self.distilled}
-                self.log.write({"kind": "diagnostics", "phase": "pretrain" if report.env_steps == 0 else "online", **at, **report.diagnostics, **shares})
+                plans = plan_summary(outcome.plans for outcome in report.outcomes)
+                phase = "pretrain" if report.env_steps == 0 else "online"
+                self.log.write({"kind": "diagnostics", "phase": phase, **at, **report.diagnostics, **plans, **shares})
             self.write_timings()
 
     def write_timings(self) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
 
 from modip_ray.config import Config
+from modip_ray.learning.plan_probe import PlanProbe, Probed
 from modip_ray.learning.replay import Batch
 from modip_ray.model.agent import Agent
 from modip_ray.planning.planner import Planner
@@ -34,11 +35,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job: measures by name (tasks/scores.py) and lengths, one value an episode."""
+    """What came of a job: measures by name (tasks/scores.py) and lengths, one value an episode; of plans what `PlanProbe.measure` says."""
 
     job: Job
     measures: dict[str, list[float]]
     lengths: list[int]
+    plans: Probed = field(default_factory=dict)
 
     @property
     def returns(self) -> list[float]:
@@ -56,18 +58,23 @@ def run_job(cfg: Config, agent: Agent, env_factory: EnvFactory, job: Job, env_st
 
     The planner's noise depends on the job's seeds alone: the same weights and the same job give the same returns, wherever it runs.
     """
-    planner = Planner(cfg, agent, seed=env_seed(len(job.seeds), *job.seeds), timer=timer)
+    seed = env_seed(len(job.seeds), *job.seeds)
+    planner = Planner(cfg, agent, seed=seed, timer=timer)
     planner.env_steps = env_steps
     if job.mode == "bc":
         if bc is None:
             raise ValueError("mode 'bc' needs the frozen policy, which exists once the offline phase is over")
         planner.agent.load_flat(bc, "policy")
     mode = "mpc" if job.mode == "mpc" else "policy"
+    probe = PlanProbe(planner, seed) if mode == "mpc" else None
 
     def act(obs: np.ndarray, slots: np.ndarray, reset: np.ndarray) -> np.ndarray:
-        return planner.plan(obs, slots.tolist(), reset, mode).actions
+        plan = planner.plan(obs, slots.tolist(), reset, mode)
+        if probe is not None:
+            probe.add(slots, plan)
+        return plan.actions
     episodes = rollout_episodes(act, env_factory, job.seeds, cfg.task.max_episode_steps)
-    return Outcome(job, measure(cfg.task.metric, episodes), [e.length for e in episodes])
+    return Outcome(job, measure(cfg.task.metric, episodes), [e.length for e in episodes], probe.measure(episodes) if probe is not None else {})
 
 
 def joined(outcomes: Sequence[Outcome], mode: EvalMode) -> tuple[dict[str, list[float]], list[int]]:

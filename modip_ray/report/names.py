@@ -77,6 +77,13 @@ DIAGNOSTICS = {
     "plan_gain_mean": Measure("reward", "the planner's predicted gain over the policy's own proposal"),
     "plan_share_accepted": Measure("share", "plans that were acted on: their gain is above guard.min_gain"),
     "plan_share_distilled": Measure("share", "distill/share at that time"),
+    "plan_corr": Measure("", "correlation of the return predicted for executed plans and the one that followed, in the planner's evaluation episodes"),
+    "plan_bias": Measure("reward", "predicted less realised return of executed plans, mean"),
+    "plan_spread": Measure("reward", "disagreement of the value ensemble about the chosen plan's gain over the policy's proposals"),
+    "plan_spread_rejected": Measure("reward", "the same about rejected candidates"),
+    "plan_candidates_std": Measure("reward", "deviation of the predicted gains of one search's candidates"),
+    "plan_distance": Measure("", "of a plan from the nearest of the policy's proposals, root mean square over its actions in -1..1"),
+    "proposal_distance": Measure("", "of a proposal from the nearest other one"),
 }
 SCORE = {
     "mean": Measure("score", "evaluation: mean over its episodes, of the task's own measure"),
