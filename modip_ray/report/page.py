@@ -6,9 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from modip_ray.report import plots, sections
+from modip_ray.report import plan_sections, sections, system_sections
+from modip_ray.report.compare import comparison, names_of
+from modip_ray.report.parts import esc, missing
 from modip_ray.report.rundata import RunData, load_run
-from modip_ray.report.scores import ROWS, duration
+from modip_ray.report.scores import duration
 from modip_ray.report.style import CSS
 from modip_ray.report.svg import with_unique_ids
 
@@ -20,15 +22,16 @@ _SECTIONS = (
     sections.video,
     sections.world_model,
     sections.value_calibration,
-    sections.planner,
+    plan_sections.planner,
     sections.losses,
+    system_sections.system,
     sections.timing,
     sections.configuration,
 )
 
 
 def write_report(run_dirs: str | Path | Sequence[str | Path]) -> Path:
-    """Write `<first run_dir>/report/index.html` and return its path; several runs are compared first, then shown one after the other.
+    """Write `<first run_dir>/report/index.html` and return its path; several runs are compared, and each is shown folded below.
 
     Works on unfinished runs. Raises FileNotFoundError for a folder without metrics.jsonl, ValueError for an empty list or a broken file.
     """
@@ -49,39 +52,31 @@ def render(runs: Sequence[RunData]) -> str:
     if len(runs) == 1:
         body = header(runs[0], "h1") + run_sections(runs[0])
     else:
-        body = f"<h1>MODIP: {len(runs)} runs</h1>" + comparison(runs) + "".join(header(run, 'h2 class="run-title"') + run_sections(run) for run in runs)
+        each = [f'<details class="run"><summary>All of {esc(name)}</summary>' + header(run, 'h2 class="run-title"') + run_sections(run) + "</details>"
+                for name, run in zip(names_of(runs), runs, strict=True)]
+        body = f"<h1>MODIP: {len(runs)} runs</h1>" + comparison(runs) + "".join(each)
     title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs"
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>MODIP report: {sections.esc(title)}</title>\n<style>{CSS}</style>\n</head>\n"
+        f"<title>MODIP report: {esc(title)}</title>\n<style>{CSS}</style>\n</head>\n"
         f"<body>\n<main>\n{with_unique_ids(body)}\n</main>\n</body>\n</html>\n"
     )
 
 
 def header(run: RunData, tag: str) -> str:
     """Title, state of the run, and the four scores as tiles."""
-    name = sections.esc(run.title)
+    name = esc(run.title)
     badge = '<span class="badge">finished</span>' if run.finished else '<span class="badge open">unfinished</span>'
-    facts = [f"run <code>{sections.esc(run.path.name)}</code>"]
+    facts = [f"run <code>{esc(run.path.name)}</code>"]
     for key, unit in (("env_steps", "environment steps"), ("updates", "updates")):
         value = run.summary.get(key, run.latest(key))
         facts += [f"{int(value):,} {unit}"] if value is not None else []
     wall = run.summary.get("wall_s", run.latest("wall_s"))
     facts += [f"{duration(wall)} wall time"] if wall is not None else []
     facts += [f"resumed {len(run.resumes)} time{'s' if len(run.resumes) > 1 else ''}"] if run.resumes else []
-    why = "" if run.finished else sections.missing(UNFINISHED)
+    why = "" if run.finished else missing(UNFINISHED)
     return f'<{tag}>MODIP on {name} {badge}</{tag.split()[0]}><p class="note">{" · ".join(facts)}</p>{why}{sections.tiles(run)}'
 
 
 def run_sections(run: RunData) -> str:
     return "\n".join(build(run) for build in _SECTIONS)
-
-
-def comparison(runs: Sequence[RunData]) -> str:
-    """Scores of all runs over their own BC."""
-    named = [(run.path.name, run.scores) for run in runs]
-    if not any((scores.get("bc", {}).get("mean") or 0) > 0 for _, scores in named):
-        return sections.section("Comparison", sections.missing("No run has a BC score above 0 yet, so there is nothing to compare by."))
-    svg = plots.ratio_to_bc(named, label="Scores of each run over its own BC, with 95 % intervals")
-    keys = sections.legend([(label, name, "solid") for name, label in ROWS.items()])
-    return sections.section("Comparison", keys, sections.figure(svg, "Each run's scores over the mean of its own BC; lines are 95 % intervals."))

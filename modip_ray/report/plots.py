@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,6 +13,44 @@ from modip_ray.report.scores import ROWS, metric_of
 from modip_ray.report.svg import COLORS, chart, new_axes, number_axes, thin
 
 MAX_SNAPSHOTS = 5  # shades of the horizon chart
+DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: x and y (n,), gaps as None or nan; `band` (n, 2) is drawn behind it."""
+
+    label: str
+    color: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str = "solid"
+    band: np.ndarray | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Its entry in the legend."""
+        return self.label, self.color, self.style
+
+
+@chart
+def lines(drawn: Sequence[Line], xlabel: str, level: float | None = None, top: float | None = None, span: tuple[float, float] | None = None,
+          size: tuple[float, float] = (3.5, 2.1)) -> Figure:
+    """Several lines, and thin ones across at `level` and `top`, which the axis reaches to; `span`: ends of the horizontal axis."""
+    figure, axes = new_axes(*size)
+    for across in (level, top):
+        if across is not None:
+            axes.axhline(across, color=COLORS["muted"], linewidth=0.8)
+    if span is not None:
+        axes.set_xlim(span[0] - 0.02 * (span[1] - span[0]), span[1] + 0.02 * (span[1] - span[0]))
+    for line in drawn:
+        x, y = thin(np.array(line.x, float), np.array(line.y, float))
+        if line.band is not None:
+            axes.fill_between(line.x, line.band[:, 0], line.band[:, 1], color=COLORS[line.color], alpha=0.15, linewidth=0)
+        axes.plot(x, y, color=COLORS[line.color], linestyle=DASHES[line.style], linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=3.5)
+    axes.set_xlabel(xlabel)
+    number_axes(axes, 5)
+    return figure
 
 
 def curve(rows: Sequence[Mapping], mode: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,10 +105,10 @@ def horizon_error(snapshots: Sequence[Mapping], key: str, title: str) -> Figure:
 
 
 def horizon_snapshots(rows: Sequence[Mapping], key: str) -> list[Mapping]:
-    """The last snapshot of the pre-training and up to five of the online phase, evenly spread, the last included."""
+    """The last snapshot of the pre-training and up to five of the online phase, evenly spread, the last included; of two at one step the later one."""
     have = [r for r in rows if r.get("kind") == "diagnostics" and r.get(key)]
     before = [r for r in have if r.get("phase") == "pretrain"][-1:]
-    online = [r for r in have if r.get("phase") != "pretrain"]
+    online = list({r.get("env_steps"): r for r in have if r.get("phase") != "pretrain"}.values())
     if len(online) > MAX_SNAPSHOTS:
         online = [online[i] for i in np.unique(np.linspace(0, len(online) - 1, MAX_SNAPSHOTS).round().astype(int))]
     return [*before, *online]
@@ -89,8 +128,8 @@ def horizon_legend(snapshots: Sequence[Mapping]) -> list[tuple[str, str, str]]:
 
 
 @chart
-def calibration(predicted: Sequence[float], realised: Sequence[float], low: float, high: float, color: str) -> Figure:
-    """Predicted value against the realised discounted return; the line is perfect calibration."""
+def calibration(predicted: Sequence[float], realised: Sequence[float], low: float, high: float, color: str, xlabel: str = "predicted value") -> Figure:
+    """Prediction against the realised discounted return, both from low to high; the line is perfect calibration."""
     figure, axes = new_axes(4.0, 3.8)
     axes.plot([low, high], [low, high], color=COLORS["muted"], linewidth=1.1, linestyle="--")
     axes.scatter(predicted, realised, s=11, color=COLORS[color], alpha=0.5, linewidths=0)
@@ -98,7 +137,7 @@ def calibration(predicted: Sequence[float], realised: Sequence[float], low: floa
     axes.set_xlim(low - pad, high + pad)
     axes.set_ylim(low - pad, high + pad)
     axes.set_box_aspect(1)
-    axes.set_xlabel("predicted value")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel("realised return")
     number_axes(axes)
     return figure

@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import base64
-import html
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modip_ray.report import plots
+from modip_ray.report.parts import esc, figure, folded, legend, missing, section, table
 from modip_ray.report.published import NOTE, published_for
 from modip_ray.report.rundata import RunData, role_times
 from modip_ray.report.scores import MEANING, ROWS, also_measured, interval, metric_of, number, score_cells
 from modip_ray.report.timing_html import phases_table, time_table
 
 EMBED_LIMIT = 4 * 1024 * 1024  # bytes of video kept inside the page
-
-
-def esc(text: object) -> str:
-    return html.escape(str(text), quote=True)
-
-
-def section(title: str, *parts: str) -> str:
-    return f"<section><h2>{esc(title)}</h2>{''.join(parts)}</section>"
-
-
-def missing(why: str) -> str:
-    return f'<p class="missing">{esc(why)}</p>'
-
-
-def figure(svg: str, caption: str = "") -> str:
-    return f"<figure>{svg}{f'<figcaption>{esc(caption)}</figcaption>' if caption else ''}</figure>"
-
-
-def legend(entries: Sequence[tuple[str, str, str]]) -> str:
-    """(label, colour name, line style) of each line of the charts below."""
-    keys = (f'<span><i class="line" style="border-top: 3px {line} var(--{color})"></i>{esc(label)}</span>' for label, color, line in entries)
-    return f'<p class="legend">{"".join(keys)}</p>'
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table of ready HTML cells under plain-text headings."""
-    header = f"<tr>{''.join(f'<th>{esc(h)}</th>' for h in head)}</tr>" if head else ""
-    rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
-    return f'<div class="scroll"><table class="{kind}">{header}{rows}</table></div>'
 
 
 def tiles(run: RunData) -> str:
@@ -148,19 +119,6 @@ def value_calibration(run: RunData) -> str:
     return section("Value calibration", f'<p class="note">{note}</p>{keys}<div class="charts">{"".join(charts)}</div>')
 
 
-def planner(run: RunData) -> str:
-    """Gain of plans over the policy's own proposals, and the share of plans distilled, over environment steps."""
-    rows = run.of_kind("diagnostics")
-    charts = []
-    for key, title in (("plan_gain_mean", "plan's gain over the DP's proposal"), ("plan_share_distilled", "share of plans distilled")):
-        points = [row for row in rows if row.get(key) is not None]
-        if points:
-            charts.append(figure(plots.series(points, key, title, "env_steps", label=title)))
-    if not charts:
-        return section("Planner and distillation", missing("No diagnostics yet: metrics.jsonl holds no row with plan_gain_mean or plan_share_distilled."))
-    return section("Planner and distillation", f'<div class="charts small">{"".join(charts)}</div>')
-
-
 def losses(run: RunData) -> str:
     rows = run.of_kind("train")
     keys = sorted({k for row in rows for k, v in row.items() if "/" in k and isinstance(v, int | float)})
@@ -170,7 +128,7 @@ def losses(run: RunData) -> str:
     parts = [legend([("pre-training", "pre", "solid"), ("online", "on", "solid")]), _grid(rows, mine)]
     others = [k for k in keys if not k.startswith("loss/")]
     if others:
-        parts.append(f"<details><summary>other training numbers ({len(others)})</summary>{_grid(rows, others)}</details>")
+        parts.append(folded(f"other training numbers ({len(others)})", _grid(rows, others)))
     return section("Losses", *parts)
 
 
@@ -202,7 +160,7 @@ def configuration(run: RunData) -> str:
     parts = [facts] if run.finished else [missing("Versions, machine and git commit are written with summary.json when the run ends."), facts]
     if run.config:
         settings = table([], [[f"<code>{esc(k)}</code>", f"<code>{esc(v)}</code>"] for k, v in run.config.items()], "left")
-        parts.append(f"<details><summary>all {len(run.config)} settings (config.yaml)</summary>{settings}</details>")
+        parts.append(folded(f"all {len(run.config)} settings (config.yaml)", settings))
     else:
         parts.append(missing("No config.yaml in the run folder, so the settings cannot be shown."))
     return section("Configuration and versions", *parts)

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-NAMES = ("ink", "muted", "grid", "card", "mpc", "policy", "bc", "data", "pre", "on", "seq1", "seq2", "seq3", "seq4", "seq5")
+RUNS = tuple(f"run{i}" for i in range(1, 9))  # of lines that stand for runs, roles or reasons
+NAMES = ("ink", "muted", "grid", "card", "mpc", "policy", "bc", "data", "pre", "on", "seq1", "seq2", "seq3", "seq4", "seq5", *RUNS)
 COLORS = {name: f"#0a{index:02x}fe" for index, name in enumerate(NAMES, start=16)}  # stand-ins, unlike any colour of matplotlib's own
 MAX_POINTS = 240
 

@@ -22,7 +22,8 @@ def score(rng: np.random.Generator, mean: float, episodes: int = 20) -> dict:
     half = 1.96 * returns.std(ddof=1) / np.sqrt(episodes)
     average = float(returns.mean())
     normalized = 100 * (average + 280.18) / 12415.2
-    return {"mean": average, "ci95": [average - half, average + half], "episodes": episodes, "normalized": normalized, "returns": returns.tolist()}
+    return {"mean": average, "ci95": [average - half, average + half], "episodes": episodes, "normalized": normalized, "returns": returns.tolist(),
+            "values": returns.tolist(), "seeds": list(range(1000, 1000 + episodes))}
 
 
 def losses(rng: np.random.Generator, updates: int) -> dict:
@@ -40,8 +41,19 @@ def diagnostics(rng: np.random.Generator, phase: str, steps: int) -> dict:
         "kind": "diagnostics", "phase": phase, "env_steps": steps, "horizon": horizon,
         "latent_r2": 1 - (0.02 + 0.01 * (1 - progress)) * horizon**1.4, "reward_r2": 1 - (0.01 + 0.012 * (1 - progress)) * horizon**1.3,
         "value_pred": predicted, "value_return": truth, "value_corr": np.corrcoef(predicted, truth)[0, 1],
-        "plan_gain_mean": 3.0 + 4 * progress, "plan_share_distilled": 0.3 + 0.4 * progress,
+        "plan_gain_mean": 3.0 + 4 * progress, "plan_share_distilled": 0.3 + 0.4 * progress, "plan_share_accepted": 0.9,
+        "plan_pred": truth[:128] + 9, "plan_return": truth[:128], "plan_corr": 0.95, "plan_bias": 9.0, "plan_spread": 0.2, "plan_spread_rejected": 0.15,
+        "plan_candidates_std": 0.6, "plan_distance": 0.1, "proposal_distance": 0.05,
     }  # fmt: skip
+
+
+def system_row(env_steps: int, wall_s: float) -> dict:
+    role = {f"{role}/rss_mb": 300.0 + env_steps / 1000 for role in ("driver", "planner", "rollout")}
+    waits = {"wait/rollout/planner": 0.6, "wait/rollout/learning": 0.2, "wait/learner_model/collection": 0.1}
+    numbers = {"planner/rows_per_batch": 15.2, "planner/answer_ms": 14.0, "planner/updates_behind": 7, "planner/seconds_behind": 0.1, "rollout/workers": 4,
+               "planner/restarts": 1 if env_steps > ONLINE_STEPS / 2 else 0, "learner_model/restarts": 0, "replay/ahead": 120}
+    at = {"phase": "online", "env_steps": env_steps, "updates": PRETRAIN_UPDATES + env_steps // 4, "wall_s": wall_s}
+    return {"kind": "system", **at, **role, **waits, **numbers}
 
 
 def timing_rows() -> list[dict]:
@@ -74,11 +86,13 @@ def metric_rows(seed: int = 0, steps: int = ONLINE_STEPS) -> list[dict]:
         rows.append(
             {"kind": "train", "phase": "online", "env_steps": env_steps, "updates": updates, "wall_s": 330 + env_steps / 95, **losses(rng, updates), **extra}
         )
+        rows.append(system_row(env_steps, 330 + env_steps / 95))
         if env_steps % 5000 == 0:
             rows.append({**diagnostics(rng, "online", env_steps), "wall_s": 330 + env_steps / 95})
             for mode, start, end in (("policy", 4650, 5600), ("mpc", 5000, 6600)):
                 mean = start + (end - start) * (env_steps / ONLINE_STEPS) ** 0.7
                 rows.append({"kind": "eval", "mode": mode, "env_steps": env_steps, "updates": updates, "wall_s": 331 + env_steps / 95, **score(rng, mean, 10)})
+    rows.append({"kind": "incident", "text": "the planner died & came back", "wall_s": 555.0})
     return [*rows, *timing_rows()]
 
 
