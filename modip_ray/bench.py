@@ -247,11 +247,15 @@ def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds:
     finally:
         torch.set_num_threads(threads)
     if json_path is not None:
-        report = {"rows": [asdict(r) for r in rows], "machine": machine(), "git": git_commit(), "versions": versions(), "command": command_line()}
-        path = Path(json_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        save(rows, Path(json_path))
     return rows
+
+
+def save(rows: Sequence[Row], path: Path) -> None:
+    """The rows as JSON, with machine, git commit, versions and command."""
+    report = {"rows": [asdict(r) for r in rows], "machine": machine(), "git": git_commit(), "versions": versions(), "command": command_line()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: train, eval, data, export, submit, jobs, tune, study, status, report, bench ... Errors that a user can mend: one line, exit code 2."""
+"""The command line: train, eval, data, export, serve, submit, jobs, tune, study, status ... Errors that a user can mend: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modip_ray import __version__, data_cli, export_cli, jobs_cli, status_cli, study_cli, tune_cli
+from modip_ray import __version__, data_cli, export_cli, jobs_cli, serve_cli, status_cli, study_cli, tune_cli
 from modip_ray.config import Config, ConfigError, load, parse_override
 
 
@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     data_cli.add_parsers(commands)
     export_cli.add_parser(commands)
     jobs_cli.add_parsers(commands)
+    serve_cli.add_parsers(commands)
     status_cli.add_parser(commands)
     tune_cli.add_parsers(commands)
     study_cli.add_parser(commands)

@@ -11,8 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,49 @@ def nodes() -> dict[str, Bundle]:
     return {f"{n['NodeManagerAddress']}/{n['NodeID'][:6]}": n["Resources"] for n in ray.nodes() if n["Alive"]}
 
 
+@contextmanager
+def private_ray(variables: Mapping[str, str], **settings: Any) -> Iterator[None]:
+    """A Ray of this process alone for the block, in a folder of its own, less whatever it leaves. Our own signal handlers stay.
+
+    variables: environment variables that its processes inherit (as a runtime_env they cost 0.5 to 1 s an actor), less those that the user has set.
+    settings: of ray.init. RunError where the machine is too busy for it.
+    """
+    remove_stale()
+    folder = None
+    try:
+        with kept_signals(), environment(NICENESS | variables):
+            folder = start_private(settings)
+        yield
+    finally:
+        ray.shutdown()                                                                         # also one that has only half started
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_private(settings: dict[str, Any], again: bool = True) -> str:
+    """The folder of a Ray that was started. On a machine that is busy beyond measure that may take more than the half minute that Ray allows: tried twice."""
+    folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")                    # sockets need a short path
+    try:
+        with on_loopback():
+            ray.init(address="local", _temp_dir=folder, include_dashboard=False, **settings)
+        return folder
+    except BaseException as error:                                                             # also Ctrl-C; for being late Ray raises a bare Exception
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+        if LATE not in str(error):
+            raise
+        if not again:
+            raise RunError("Ray did not start within its own limit of 30 s, twice: the machine is too busy, or out of memory or disk space in /tmp; "
+                           "make room and start again") from error
+    print("Ray did not start within its own limit of 30 s (the machine is very busy); trying once more", file=sys.stderr, flush=True)
+    return start_private(settings, again=False)
+
+
 class Cluster:
     """A private Ray of this process ("local"), a cluster by address, or the one that is initialised already, which is left running."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.folder = cfg, None
+        self.cfg, self.started = cfg, ExitStack()
         self.own = not ray.is_initialized()
         self.private = self.own and cfg.resources.ray_address == "local"                       # one machine: nothing need listen beyond it
         try:
@@ -121,8 +159,7 @@ class Cluster:
             cpus = max(os.cpu_count() or 1, math.ceil(asked.get("CPU", 0.0)))
             most = cfg.rollout.most / cfg.rollout.least                                        # this machine is every kind of node at once
             custom = {k: math.ceil(v * most) for k, v in asked.items() if k not in ("CPU", "GPU", "memory")}
-            with kept_signals(), environment(threads | NICENESS):                              # inherited; as a runtime_env it costs 0.5 to 1 s an actor
-                self.start_private(num_cpus=cpus, resources=custom, **quiet)
+            self.started.enter_context(private_ray(threads, num_cpus=cpus, resources=custom, **quiet))
             return
         probe(cfg.resources.ray_address)
         try:
@@ -130,24 +167,6 @@ class Cluster:
                 ray.init(address=cfg.resources.ray_address, runtime_env={"env_vars": threads}, **quiet)
         except ConnectionError as error:
             raise ConfigError(f"resources.ray_address: no Ray cluster at {cfg.resources.ray_address!r} ({error}); start one, or use 'local'") from error
-
-    def start_private(self, **settings: Any) -> None:
-        """A Ray in a folder of its own. On a machine that is busy beyond measure its start may take more than the half minute that Ray allows: tried twice."""
-        remove_stale()
-        for last in (False, True):
-            self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")       # sockets need a short path
-            try:
-                with on_loopback():
-                    ray.init(address="local", _temp_dir=self.folder, include_dashboard=False, **settings)
-                return
-            except Exception as error:                                                         # Ray raises a bare Exception here
-                if LATE not in str(error):
-                    raise
-                shutil.rmtree(self.folder, ignore_errors=True)
-                if last:
-                    raise RunError("Ray did not start within its own limit of 30 s, twice: the machine is too busy, or out of memory or disk space in /tmp; "
-                                   "make room and start again") from error
-                print("Ray did not start within its own limit of 30 s (the machine is very busy); trying once more", file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """ConfigError naming what is missing and which settings ask for it; where resources.wait_for_nodes_s allows, the autoscaler is asked for it first."""
@@ -175,6 +194,4 @@ class Cluster:
     def close(self) -> None:
         if self.own:
             ray.shutdown()                                                                     # also one that has only half started
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder = None
+        self.started.close()

@@ -56,7 +56,8 @@ class WarmStarts:
     @torch.inference_mode()                                                         # a table that grew inside plan() is an inference tensor
     def forget(self, slots: Sequence[Hashable]) -> None:
         """Drop slots of a dead worker; their table rows are given to the last ones."""
-        keep = [s for s in self.rows if s not in set(slots)]
+        gone = set(slots)
+        keep = [s for s in self.rows if s not in gone]
         if keep:
             self.table[: len(keep)] = self.table[torch.tensor([self.rows[s] for s in keep], device=self.table.device)].clone()
         self.rows = {s: i for i, s in enumerate(keep)}

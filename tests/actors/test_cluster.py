@@ -39,14 +39,13 @@ def test_a_ray_that_starts_too_slowly_is_tried_once_more(monkeypatch, capsys):
         if len(folders) <= failures:
             raise Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup")
     monkeypatch.setattr(cluster.ray, "init", slow)
-    started = object.__new__(cluster.Cluster)
-    started.start_private()
-    assert len(folders) == 2 and not folders[0].exists() and started.folder == str(folders[1]) and "trying once more" in capsys.readouterr().err
-    folders[1].rmdir()
+    with cluster.private_ray({}):
+        assert len(folders) == 2 and not folders[0].exists() and folders[1].is_dir() and "trying once more" in capsys.readouterr().err
+    assert not folders[1].exists()
     folders.clear()
     failures = 2
-    with pytest.raises(RunError, match="did not start within its own limit of 30 s, twice"):
-        started.start_private()
+    with pytest.raises(RunError, match="did not start within its own limit of 30 s, twice"), cluster.private_ray({}):
+        pass
     assert len(folders) == 2 and not any(folder.exists() for folder in folders)
 
 

@@ -1,0 +1,1 @@
+"""A run's policy behind HTTP: `modip serve RUN`."""

@@ -1,0 +1,116 @@
+"""Answers batches of queries with a run's newest checkpoint, and keeps up with a run that goes on. Plain object, no Ray.
+
+Symbols: B rows, c actions of a chunk, Da size of an action.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from modip_ray.config import ConfigError
+from modip_ray.learning.checkpoint import CheckpointError, folders
+from modip_ray.learning.evaluation import EvalMode
+from modip_ray.policy import RunPolicy, load
+from modip_ray.serve.query import Limits, Query
+
+KEPT_ROWS = 2**15                   # of warm starts; beyond them those clients are forgotten that have asked least recently
+
+
+class Actions(NamedTuple):
+    actions: np.ndarray             # (B, c, Da) in the environment's units, to be executed now
+    version: str                    # the checkpoint that acted
+
+
+class Engine:
+    """mode: what a query without one gets. A server of "bc" has but that; others answer "policy" and "mpc", with the same weights."""
+
+    def __init__(self, run: Path, mode: EvalMode, overrides: Mapping[str, Any] = MappingProxyType({}), seed: int = 0):
+        self.run, self.mode, self.overrides = run, mode, dict(overrides)
+        self.policy = load(run, mode, seed, overrides)
+        modes = ("bc",) if mode == "bc" else (mode, *({"policy", "mpc"} - {mode}))
+        self.limits = Limits(self.policy.obs_dim, self.policy.cfg.planner.max_rows, modes)
+        self.clients: OrderedDict[str, int] = OrderedDict()                         # rows of each, who asked last at the end
+        self.kept = self.rows = self.batches = 0
+        self.passed_over, self.problem = "", ""                                     # a checkpoint that cannot be used, and why
+
+    def __call__(self, queries: Sequence[Query]) -> list[Actions | Exception]:
+        """One plan for all queries of a mode."""
+        policy, answers = self.policy, [None] * len(queries)                        # `follow` may put another policy in place meanwhile
+        for mode in {q.mode for q in queries}:
+            which = [i for i, q in enumerate(queries) if q.mode == mode]
+            try:
+                for i, actions in zip(which, self.acted(policy, mode, [queries[i] for i in which]), strict=True):
+                    answers[i] = Actions(actions, policy.version)
+            except FloatingPointError as error:                                     # training has diverged; the other mode may still act
+                for i in which:
+                    answers[i] = error
+        return answers
+
+    def acted(self, policy: RunPolicy, mode: str, queries: list[Query]) -> list[np.ndarray]:
+        """Actions (B, c, Da) for each query."""
+        obs, reset = np.concatenate([q.obs for q in queries]), np.concatenate([q.reset for q in queries])
+        slots: list[Any] = [None] * len(obs)
+        if mode == "mpc":
+            slots, begins = self.slots(queries, policy)
+            reset = reset | begins
+        plan = policy.planner.plan(obs, slots, reset, "mpc" if mode == "mpc" else "policy")
+        self.rows, self.batches = self.rows + len(obs), self.batches + 1
+        return np.split(plan.actions, np.cumsum([len(q.obs) for q in queries])[:-1])
+
+    def slots(self, queries: list[Query], policy: RunPolicy) -> tuple[list[tuple], np.ndarray]:
+        """Where the planner keeps each row's last plan, and whether it starts cold there: rows of clients without a name always do."""
+        slots: list[tuple] = []
+        cold: list[bool] = []
+        for q in queries:
+            if q.client is None:
+                slots += [(i,) for i in range(len(slots), len(slots) + len(q.obs))]
+            else:
+                slots += [(q.client, i) for i in range(len(q.obs))]
+                before = self.clients.pop(q.client, 0)
+                self.clients[q.client] = now = max(len(q.obs), before)
+                self.kept += now - before
+            cold += [q.client is None] * len(q.obs)
+        if self.kept > KEPT_ROWS:
+            self.forget(policy)
+        return slots, np.array(cold)
+
+    def forget(self, policy: RunPolicy) -> None:
+        """A quarter of the warm starts goes at once: that rewrites the planner's table."""
+        gone: list[tuple] = []
+        while self.kept > KEPT_ROWS * 3 // 4:
+            name, rows = self.clients.popitem(last=False)
+            gone += [(name, i) for i in range(rows)]
+            self.kept -= rows
+        policy.planner.warm.forget(gone)
+
+    def follow(self) -> bool:
+        """Whether a newer checkpoint was there and acts from the next batch on. To be called in another thread than the batches."""
+        found = folders(self.run / "checkpoints")
+        if not found or found[0].name in (self.policy.version, self.passed_over):
+            return False
+        try:
+            policy = load(self.run, self.mode, 0, self.overrides)                   # an older one where the newest is damaged
+        except (CheckpointError, ConfigError, FileNotFoundError) as error:          # just being removed: the next look finds another
+            self.problem = str(error)
+            return False
+        self.passed_over = "" if policy.version >= found[0].name else found[0].name
+        self.problem = f"{found[0]} cannot be used, {policy.version} acts" if self.passed_over else ""
+        if policy.version == self.policy.version:
+            return False
+        policy.planner.warm, policy.planner.rng = self.policy.planner.warm, self.policy.planner.rng
+        self.policy = policy
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        cfg, p = self.policy.cfg, self.policy
+        chunk = {m: cfg.planner.n_action_steps if m == "mpc" else cfg.policy.n_action_steps for m in self.limits.modes}
+        return {"run": str(self.run), "task": cfg.task.name, "mode": self.mode, "modes": list(self.limits.modes), "version": p.version,
+                "env_steps": p.planner.env_steps, "obs_dim": p.obs_dim, "action_dim": p.action_dim, "chunk": chunk, "max_rows": self.limits.max_rows,
+                "max_bytes": self.limits.max_bytes, "served": {"rows": self.rows, "batches": self.batches, "clients": len(self.clients)},
+                "problem": self.problem or None}

@@ -1,0 +1,81 @@
+"""A server on this machine: a private Ray, Ray Serve, one replica that listens itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from modip_ray.actors.cluster import THREADS, private_ray
+from modip_ray.config import ConfigError
+from modip_ray.learning.build import device_of
+from modip_ray.learning.evaluation import EvalMode
+from modip_ray.policy import load
+from modip_ray.runfolder import RunError
+
+LOOPBACK = "127.0.0.1"
+FOLLOW_S = 10.0
+LOOK_S = 5.0
+NAME = "modip"
+
+
+@contextmanager
+def served(run: Path, mode: EvalMode = "policy", host: str = LOOPBACK, port: int = 8000, overrides: Mapping[str, Any] = MappingProxyType({}),
+           seed: int = 0, follow_s: float = FOLLOW_S) -> Iterator[str]:
+    """Serve a run for the block; yields the address. port 0: any free one. RunError, CheckpointError or ConfigError with what to do."""
+    if importlib.util.find_spec("starlette") is None:
+        raise RunError("serving needs Ray Serve, not installed here: pip install 'modip_ray[serve]'")
+    cfg = load(run, mode, seed, overrides).cfg                                      # its errors at once, and here
+    port, gpus = free_port(host, port), float(device_of(cfg).type == "cuda")
+    threads = {name: str(cfg.resources.torch_threads) for name in THREADS}
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    with private_ray(threads | direct(port), num_cpus=max(2, os.cpu_count() or 1), num_gpus=gpus or None, **quiet):
+        from ray import serve
+
+        from modip_ray.serve.app import application
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(http_options={"host": host, "port": free_port(host, 0)}, logging_config={"log_level": "ERROR", "enable_access_log": False})
+        try:
+            serve.run(application(run, mode, overrides, seed, follow_s, gpus), name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise RunError(f"the server did not start: {error} {serve.status().applications[NAME].deployments}") from error
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def wait() -> None:
+    """Until Ctrl-C; says when Serve reports that the server is not well (it is started anew by itself)."""
+    from ray import serve
+    before = "RUNNING"
+    try:
+        while True:
+            time.sleep(LOOK_S)
+            status = serve.status().applications[NAME].status.value
+            if status != before:
+                print(f"modip serve: {status.lower()}", file=sys.stderr, flush=True)
+            before = status
+    except KeyboardInterrupt:
+        return
+
+
+def direct(port: int) -> dict[str, str]:
+    """Serve's settings for one replica that takes requests at `port` itself, in its one event loop, instead of behind a proxy process (docs/serve.md)."""
+    return {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1), "RAY_SERVE_PORT_QUARANTINE_S": "0",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+
+
+def free_port(host: str, port: int) -> int:
+    """The port if nobody listens there; ConfigError where it cannot be had."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+            return s.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--host {host} --port {port}: cannot listen there ({error}); choose another, --port 0 takes a free one") from error
