@@ -46,7 +46,8 @@ def scores(named: Sequence[tuple[str, RunData]]) -> str:
         cells = []
         for mode in ROWS:
             score = found.get(mode, {})
-            cells.append(f"<b>{number(score.get('mean'))}</b><small>{interval(score.get('ci95'))}</small>" if score.get("mean") is not None else "-")
+            band = interval(score.get("ci95")).replace(".. ", "..\u00a0")              # breaks once at most, on a phone
+            cells.append(f"<b>{number(score.get('mean'))}</b><small>{band}</small>" if score.get("mean") is not None else "-")
         ratios = ["-" if (r := ratio(found, mode)) is None else f"{r:.2f}" for mode in ("policy", "mpc")]
         counts = (run.summary.get(key, run.latest(key)) for key in ("env_steps", "updates"))
         body.append([key_of(i, name, run.task), *cells, *ratios, *("-" if n is None else f"{int(n):,}" for n in counts),

@@ -177,5 +177,7 @@ def video(run: RunData) -> str:
     else:
         source = esc(Path(os.path.relpath(path, run.page_dir)).as_posix())
         notes.append(f'The video of {size / 2**20:.1f} MB lies beside the page: <a href="{source}">{path.name}</a>.')
-    player = f'<video controls muted loop playsinline preload="metadata" src="{source}"></video>'
+    picture = path.with_suffix(".jpg")
+    poster = f' poster="data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}"' if picture.exists() else ""
+    player = f'<video controls muted loop playsinline preload="metadata"{poster} src="{source}"></video>'
     return section("Video", player, f'<p class="note">{" ".join(notes)}</p>')

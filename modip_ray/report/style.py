@@ -59,6 +59,7 @@ td small { color: var(--muted); display: block; }
 .left th { text-align: left; }
 .left td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 .left td:first-child { width: 34%; min-width: 8em; }
+.differ td:first-child { min-width: 11em; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; background: var(--c); margin-right: 7px; }
 details { margin-top: 8px; }
 summary { cursor: pointer; color: var(--muted); }

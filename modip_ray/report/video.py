@@ -95,7 +95,7 @@ def side_by_side(
     width: int = 320,
     budget_s: float = 25.0,
 ) -> VideoInfo:
-    """Run every policy in its own environment from `seed` and write an mp4 with one panel of `width` pixels each.
+    """Run every policy in its own environment from `seed` and write an mp4 with one panel of `width` pixels each, and its last picture as .jpg beside it.
 
     env_factory_render: makes a gymnasium environment with render_mode="rgb_array" (small pictures render faster; 320 x 240 is enough).
     fps: environment steps shown a second (at least 10 frames a second are played, so a strongly thinned video runs faster). About 250 steps look smooth.
@@ -153,6 +153,8 @@ def _render_cost(panels: list[_Panel]) -> float:
 def _record(panels: list[_Panel], path: Path, max_steps: int, skip: int, fps: float, width: int, started: float, budget_s: float) -> VideoInfo:
     import imageio.v2 as imageio
 
+    from PIL import Image
+
     partial = path.with_name(path.stem + ".partial.mp4")
     frames, cut, step = 0, False, 0
     with imageio.get_writer(partial, fps=fps, codec="libx264", quality=7, macro_block_size=2, output_params=["-movflags", "+faststart"]) as writer:
@@ -171,5 +173,6 @@ def _record(panels: list[_Panel], path: Path, max_steps: int, skip: int, fps: fl
         for _ in range(held):
             writer.append_data(frame)
     os.replace(partial, path)
+    Image.fromarray(frame).save(path.with_suffix(".jpg"), quality=80)
     returns = {panel.label: panel.ret for panel in panels}
     return VideoInfo(path, step, frames + held, returns, time.perf_counter() - started, cut)

@@ -62,7 +62,7 @@ def test_two_panels_with_chunks_and_an_early_end(tmp_path):
     assert Painter.made[0].actions == [[0.0], [0.5], [2.0], [2.5]] and all(env.closed and env.seed == 7 for env in Painter.made)
     frames = frames_of(path)
     assert len(frames) == info.frames == 10 + 20 and frames[0].shape == (48 + 46, 128, 3)
-    assert [p.name for p in path.parent.iterdir()] == ["video.mp4"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["video.jpg", "video.mp4"]
 
 
 def test_long_episodes_are_thinned(tmp_path):
