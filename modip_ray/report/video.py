@@ -152,7 +152,6 @@ def _render_cost(panels: list[_Panel]) -> float:
 
 def _record(panels: list[_Panel], path: Path, max_steps: int, skip: int, fps: float, width: int, started: float, budget_s: float) -> VideoInfo:
     import imageio.v2 as imageio
-
     from PIL import Image
 
     partial = path.with_name(path.stem + ".partial.mp4")
