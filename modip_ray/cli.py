@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     tune_cli.add_parsers(commands)
     study_cli.add_parser(commands)
 
-    p = command(commands, "report", run_report, "write report/index.html of one or more runs")
+    p = command(commands, "report", run_report, "write report/index.html of a run, or report/comparison.html of several in the first one's folder")
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     p.add_argument("--video", action="store_true", help="also render BC beside MODIP (needs OpenGL)")
 

@@ -1,4 +1,4 @@
-"""report/index.html of a run: one self-contained file, light and dark, readable on a phone."""
+"""report/index.html of a run, report/comparison.html of several: one self-contained file, light and dark, readable on a phone."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _SECTIONS = (
 
 
 def write_report(run_dirs: str | Path | Sequence[str | Path]) -> Path:
-    """Write `<first run_dir>/report/index.html` and return its path; several runs are compared, and each is shown folded below.
+    """Write `<run_dir>/report/index.html` and return its path; of several runs `<first run_dir>/report/comparison.html`, each one folded below.
 
     Works on unfinished runs. Raises FileNotFoundError for a folder without metrics.jsonl, ValueError for an empty list or a broken file.
     """
     folders = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
     if not folders:
         raise ValueError("write_report: got no run folder, expected at least one, as written by 'modip train run_dir=...'")
-    path = Path(folders[0]).resolve() / "report" / "index.html"
+    path = Path(folders[0]).resolve() / "report" / ("index.html" if len(folders) == 1 else "comparison.html")
     runs = [load_run(folder, path.parent) for folder in folders]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

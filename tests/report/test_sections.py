@@ -110,5 +110,7 @@ def test_same_settings_and_runs_without_any_are_said_so(make_run, tmp_path):
     young = load_run(tmp_path / "young")
     assert "No config.yaml in young" in settings([("first", load_run(first)), ("young", young)])
     assert comparison([young, young]).count('class="missing"') == 4
-    page = write_report([tmp_path / "young", tmp_path / "young"]).read_text()
+    path = write_report([tmp_path / "young", tmp_path / "young"])
+    assert [p.name for p in (tmp_path / "young" / "report").iterdir()] == ["comparison.html"], "the run's own page stays what it is"
+    page = path.read_text()
     assert "<summary>All of young</summary>" in page and "<summary>All of young (2)</summary>" in page
