@@ -47,6 +47,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Policy:
+    kind: Literal["diffusion", "gaussian"]
     network: Literal["mlp", "unet"]
     horizon: int
     n_action_steps: int

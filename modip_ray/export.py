@@ -22,6 +22,7 @@ from modip_ray.config import Config
 from modip_ray.learning.offline_data import stored_source
 from modip_ray.model.agent import Normalizer
 from modip_ray.model.diffusion import DiffusionPolicy
+from modip_ray.model.gaussian import GaussianPolicy, policy_of
 from modip_ray.policy import SavedAgent, agent_of_run
 from modip_ray.runfolder import RunError, git_commit, read_summary, versions
 from modip_ray.tasks.dataset import DataError
@@ -44,15 +45,15 @@ class ExportError(RunError):
 
 
 class RawPolicy(nn.Module):
-    """Normaliser and diffusion policy in one: what the planner's policy mode computes, with its noise as an argument."""
+    """Normaliser and policy in one: what the planner's policy mode computes, with its noise as an argument."""
 
-    def __init__(self, normalizer: Normalizer, policy: DiffusionPolicy, steps: int):
+    def __init__(self, normalizer: Normalizer, policy: DiffusionPolicy | GaussianPolicy, steps: int):
         super().__init__()
         self.normalizer, self.policy, self.steps = normalizer, policy, steps
 
     def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
         """observation (B, Do) as the environment gives it, noise (B, H, Da) standard normal -> actions (B, H, Da) as the environment takes them."""
-        chunk = self.policy.sample(self.normalizer.obs(observation), noise[:, None], self.steps)[:, 0]
+        chunk = self.policy.act(self.normalizer.obs(observation), noise, self.steps)
         return self.normalizer.raw_action(chunk)
 
 
@@ -124,7 +125,7 @@ def describe(run: Path, saved: SavedAgent, mode: PolicyMode, policy: RawPolicy, 
                         "data_low": observations.min(0).tolist(), "data_high": observations.max(0).tolist()},
         "action": {"low": norm.action_low.tolist(), "high": norm.action_high.tolist()},
         "network": {"obs_dim": len(norm.obs_mean), "action_dim": net.action_dim, **{k: getattr(cfg.policy, k) for k in (
-            "horizon", "denoising_steps", "width", "blocks", "parametrization", "network")}},
+            "kind", "horizon", "denoising_steps", "width", "blocks", "parametrization", "network")}},
         "scores": {name: {k: s[k] for k in shown} for name, s in scores.items()},
         "env_steps": saved.env_steps, "checkpoint": saved.version, "config_hash": cfg.hash(), "trained_by": summary.get("git"), "exported_by": git_commit(),
         "versions": versions(),
@@ -178,8 +179,8 @@ def load_safetensors(path: str | Path) -> tuple[RawPolicy, dict[str, Any]]:
             weights = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, KeyError, ValueError) as error:
         raise ExportError(f"{path}: is not a file of 'modip export --to safetensors' ({type(error).__name__}: {error})") from error
-    n = dict(metadata["network"])
-    policy = RawPolicy(Normalizer(n["obs_dim"], n["action_dim"], metadata["observation"]["clip"]), DiffusionPolicy(**n), metadata["denoising_steps"])
+    n = {"kind": "diffusion", **metadata["network"]}
+    policy = RawPolicy(Normalizer(n["obs_dim"], n["action_dim"], metadata["observation"]["clip"]), policy_of(**n), metadata["denoising_steps"])
     policy.load_state_dict(weights)
     return policy.eval(), metadata
 

@@ -124,7 +124,7 @@ class LearnerActor:
         return version
 
     def pull(self) -> None:
-        newer, _ = self.get(self.store.newer.remote(self.versions))
+        newer, _ = self.get(self.store.newer.remote(self.versions, wait=False))
         self.versions |= {part: version for part, (version, _) in newer.items()}
         wanted = ("model", "target_critic") if self.stream == "policy" else ("policy",)
         parts = {part: vector for part, (_, vector) in newer.items() if part in wanted}

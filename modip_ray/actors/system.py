@@ -95,9 +95,12 @@ class RaySystem:
     kept: list[ray.ObjectRef]           # large arguments of actors that may restart: the copies that Ray makes by itself were gone at times
 
     def restore_weights(self) -> None:
-        """Into the store, which may have begun anew, what only the driver knows. Not waited for: an answer that is missing is the store's own silence."""
+        """Into the store, which may have begun anew, what only the driver knows, and what idle learners have. Not waited for: an answer that is missing
+        is the store's own silence.
+        """
         bc = {"bc": (0, self.bc)} if self.bc is not None else {}
         self.restoring = self.store.restore.remote(self.final | bc, self.env_steps)
+        self.putting = [learner.settle.remote() for learner in self.learners.values()]
 
     def check_folder(self) -> None:
         """ConfigError where replay or learners could not write their checkpoint parts into the run's folder."""

@@ -24,7 +24,7 @@ class WeightStore:
     """Keeps its own copies: nothing here lives in the memory of a learner that may die.
 
     Killed, it begins with the agent as built. The learners put their parts again by themselves, the driver what only it knows (`restore`); until all of
-    that is there `newer` waits, so that nobody is served old weights.
+    that is there `newer` waits, so that nobody acts with old weights.
     """
 
     def __init__(self, agent: np.ndarray):
@@ -54,10 +54,14 @@ class WeightStore:
     async def set_env_steps(self, env_steps: int) -> None:
         self.env_steps = env_steps
 
-    async def newer(self, known: Versions) -> tuple[Newer, int]:
-        """Parts whose version is above the known one (-1: unknown), and the environment steps stored so far."""
-        with self.life.timer("wait/weights"):
-            await self.complete.wait()
+    async def newer(self, known: Versions, wait: bool = True) -> tuple[Newer, int]:
+        """Parts whose version is above the known one (-1: unknown), and the environment steps stored so far.
+
+        wait=False, for learners: what is there now. One that waited in a store that began anew would keep back the very part that is waited for.
+        """
+        if wait:
+            with self.life.timer("wait/weights"):
+                await self.complete.wait()
         return {part: (v, vector) for part, (v, vector) in self.parts.items() if v > known.get(part, -1)}, self.env_steps
 
     async def status(self) -> dict[str, tuple[int, float]]:

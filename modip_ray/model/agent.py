@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modip_ray.config import Config
 from modip_ray.model.critic import ValueEnsemble
-from modip_ray.model.diffusion import DiffusionPolicy
+from modip_ray.model.gaussian import make_policy
 from modip_ray.model.networks import flat_vector, load_vector
 from modip_ray.model.policy_critic import PolicyCritic, asks_policy
 from modip_ray.model.world_model import WorldModel
@@ -65,10 +65,9 @@ class Agent(nn.Module):
     def __init__(self, cfg: Config, obs_dim: int, action_dim: int):
         super().__init__()
         self.obs_dim, self.action_dim = obs_dim, action_dim
-        p, w, c = cfg.policy, cfg.world_model, cfg.critic
+        w, c = cfg.world_model, cfg.critic
         self.normalizer = Normalizer(obs_dim, action_dim)
-        self.policy = DiffusionPolicy(obs_dim, action_dim, p.horizon, p.denoising_steps, p.width, p.blocks, p.parametrization,
-                                      p.network)                                    # the EMA weights
+        self.policy = make_policy(cfg, obs_dim, action_dim, cfg.policy.horizon)     # the EMA weights
         self.world_model = WorldModel(obs_dim, action_dim, w.latent, w.width, w.simnorm_group)
         self.critic = PolicyCritic(cfg, action_dim) if asks_policy(cfg) else ValueEnsemble(w.latent, c.width, c.members, c.head, c.bins, c.bound,
                                                                                            c.expectile)

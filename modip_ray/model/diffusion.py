@@ -125,3 +125,7 @@ class DiffusionPolicy(nn.Module):
             eps = (x - ab.sqrt() * clean) / (1 - ab).sqrt()
             x = ab_next.sqrt() * clean + (1 - ab_next).sqrt() * eps
         return x.view(b, n, self.horizon, self.action_dim)
+
+    def act(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """What is executed where the policy acts alone: a sample a row, from noise (B, H, Da), as (B, H, Da)."""
+        return self.sample(obs, noise[:, None], steps)[:, 0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modip_ray.config import Config
 from modip_ray.model.critic import ValueEnsemble
-from modip_ray.model.diffusion import DiffusionPolicy
+from modip_ray.model.gaussian import make_policy
 from modip_ray.model.networks import EnsembleMLP
 
 
@@ -26,12 +26,11 @@ class PolicyCritic(ValueEnsemble):
     """V as in `ValueEnsemble`; action values of the same sizes and units; and, for planner.tail: policy_q, the policy of the latent."""
 
     def __init__(self, cfg: Config, action_dim: int):
-        c, p, w = cfg.critic, cfg.policy, cfg.world_model
+        c, w = cfg.critic, cfg.world_model
         super().__init__(w.latent, c.width, c.members, c.head, c.bins, c.bound, c.expectile)
         self.q = EnsembleMLP(c.members, [w.latent + action_dim, c.width, c.width, self.outputs])
-        self.sampling_steps = p.sampling_steps
-        self.policy = DiffusionPolicy(w.latent, action_dim, w.horizon, p.denoising_steps, p.width, p.blocks, p.parametrization,
-                                      p.network) if cfg.planner.tail == "policy_q" else None
+        self.sampling_steps = cfg.policy.sampling_steps
+        self.policy = make_policy(cfg, w.latent, action_dim, w.horizon) if cfg.planner.tail == "policy_q" else None
 
     def action_value(self, z: Tensor, action: Tensor) -> Tensor:
         """z (..., Dz), action (..., Da) -> (E, ...) in return units."""

@@ -10,6 +10,7 @@ import threading
 
 import torch
 
+from modip_ray.model.diffusion import DiffusionPolicy
 from modip_ray.model.hardware import compile_errors, compiled, tell
 from modip_ray.planning.search import Search
 
@@ -32,25 +33,29 @@ class CompileBeside:
         except (*compile_errors(), RuntimeError, OSError) as error:
             tell(f"modip: the planner stays uncompiled: {type(error).__name__}: {str(error).splitlines()[0]}")
             return
-        self.search.agent.policy.denoise = denoise
+        if denoise is not None:
+            self.search.agent.policy.denoise = denoise
         self.search.rollout = rollout                                               # last: planning/graphs.py sees by it that both are there
         self.ready.set()
 
     @torch.inference_mode()
     def compile(self) -> tuple:
         search, policy, model = self.search, self.search.agent.policy, self.search.agent.world_model
-        rollout, denoise = compiled(search.rollout, "the planner"), compiled(policy.denoise, "the planner")
-        device, rows = policy.alpha_bar.device, EXAMPLE_ROWS
+        rollout, device, rows = compiled(search.rollout, "the planner"), search.agent.normalizer.obs_mean.device, EXAMPLE_ROWS
         hidden = torch.zeros(rows, model.z_in.out_features, device=device)
         actions = torch.zeros(rows, search.cfg.planner.horizon, policy.action_dim, device=device)
         obs = torch.zeros(rows // 2, search.agent.obs_dim, device=device)
         noisy = torch.zeros(rows, policy.horizon * policy.action_dim, device=device)
         with search.precision():
-            features = policy.embed(obs)
             hidden = hidden.to(model.z_in(model.encode(obs)).dtype)
-            for x in (hidden, actions, features, noisy):
+            for x in (hidden, actions):
                 torch._dynamo.mark_dynamic(x, 0)
             rollout(hidden, actions)
+            if not isinstance(policy, DiffusionPolicy):                             # one pass through a small network: nothing to gain
+                return later(rollout), None
+            denoise, features = compiled(policy.denoise, "the planner"), policy.embed(obs)
+            for x in (features, noisy):
+                torch._dynamo.mark_dynamic(x, 0)
             denoise(features, noisy, torch.zeros(1, dtype=torch.long, device=device))
         return later(rollout), later(denoise)
 

@@ -126,6 +126,27 @@ def test_the_same_update_on_the_same_batch_bit_for_bit(cluster):
     kept.clear()
 
 
+def test_learners_do_not_wait_for_each_other_in_a_store_that_began_anew(cluster):
+    """The policy learner's own part, which it put before, is what such a store lacks: waiting for it there would never end."""
+    from modip_ray.actors.learner import LearnerActor
+    from modip_ray.actors.replay import ReplayActor
+    from modip_ray.actors.weights import WeightStore
+    s = setup()
+    store, replay = WeightStore.options(name="store-a").remote(s.spec.weights), ReplayActor.options(name="replay-a").remote(s.cfg, s.episodes, None)
+    policy = LearnerActor.options(num_cpus=0).remote(s.cfg, s.spec, "policy", ["replay-a"], "store-a", None)
+    ray.get(policy.settle.remote())
+    ray.kill(store, no_restart=False)
+    assert set(ray.get(store.status.remote())) == {"agent"}
+    ray.get(policy.pull.remote(), timeout=20)
+    waiting = store.newer.remote({})                                                              # who acts waits for all parts
+    assert ray.wait([waiting], timeout=0.5)[0] == []
+    model = LearnerActor.options(num_cpus=0).remote(s.cfg, s.spec, "model", ["replay-a"], "store-a", None)
+    ray.get([policy.settle.remote(), model.settle.remote(), store.restore.remote({}, 7)])
+    parts, env_steps = ray.get(waiting, timeout=20)
+    assert set(parts) == {"agent", "policy", "model", "target_critic"} and env_steps == 7
+    del replay
+
+
 def test_a_killed_worker_comes_back_and_training_ends(run):
     text = " | ".join(run["incidents"])
     assert "rollout worker 0 died" in text and "rollout worker 0 joined" in text
