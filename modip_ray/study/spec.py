@@ -39,7 +39,8 @@ class Study:
     """One study. Settings are dotted, as on the command line; where two say the same field, the later of settings, tasks, methods counts.
 
     tasks   : {name in configs/tasks: settings}
-    methods : {name: settings}; the first one is the study's own, the others are compared with it
+    methods : {name: settings}; the first one is the study's own, the others are compared with it. One with pretrain.start: null does its own pre-training,
+              so that its BC is another
     """
 
     out: str | None = None
@@ -65,7 +66,7 @@ class Study:
 
     def cell(self, task: str, method: str, seed: int, start: Cell | None = None) -> Cell:
         folder = self.folder / task / method / f"seed_{seed}"
-        own = {"online.env_steps": 0, "eval.episodes": 1} if start is None else {**self.methods[method], "pretrain.start": str(start.folder)}
+        own = {"online.env_steps": 0, "eval.episodes": 1} if start is None else {"pretrain.start": str(start.folder), **self.methods[method]}
         try:
             cfg = load(None, [f"task={task}"]).replace({**self.settings, **self.tasks[task], **own, "seed": seed, "run_dir": str(folder)})
             if start is not None and cfg.data.cache is None and rolls_out(cfg.data.source):
@@ -130,6 +131,6 @@ def build_study(tree: Mapping[str, Any], source: str, name: str) -> Study:
         raise ConfigError(f"{source}: at_once: got {study.at_once}, must be at least 1")
     for key in ("run_dir", "seed", "task", "pretrain.start"):
         for group in (study.settings, *study.tasks.values(), *study.methods.values()):
-            if key in group:
+            if key in group and not (key == "pretrain.start" and group[key] is None and group in study.methods.values()):
                 raise ConfigError(f"{source}: {key} is set by the study itself; remove it")
     return study

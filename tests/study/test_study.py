@@ -42,6 +42,8 @@ def test_every_seed_has_one_start_that_its_methods_share(tmp_path):
     assert [c.name for c in cells[:3]] == [f"{TASK}/start/seed_0", f"{TASK}/modip/seed_0", f"{TASK}/no_planner/seed_0"] and len(cells) == 6
     assert cells[1].start is cells[0] and cells[1].cfg.pretrain.start == str(cells[0].folder) and cells[0].cfg.online.env_steps == 0
     assert cells[2].cfg.planner.iterations == 0 and cells[4].cfg.seed == 1
+    own = study(tmp_path, methods={"modip": {}, "mlp": {"policy.kind": "gaussian", "pretrain.start": None}}).cells()[2]
+    assert own.cfg.pretrain.start is None and own.cfg.policy.kind == "gaussian" and own.start == cells[0]
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -51,6 +53,7 @@ def test_every_seed_has_one_start_that_its_methods_share(tmp_path):
     ({"methods": {"../x": {}}}, "folders"),
     ({"seeds": [0, 0]}, "different"),
     ({"seeds": []}, "different"),
+    ({"methods": {"modip": {"pretrain.start": "x"}}}, "pretrain.start is set by the study itself"),
     ({"settings": {"seed": 3}}, "seed is set by the study itself"),
     ({"at_once": 0}, "at least 1"),
     ({"method": {}}, "methods"),
