@@ -35,12 +35,13 @@ class GaussianPolicy(nn.Module):
         low, high = LOG_STD
         return mean.tanh(), low + (high - low) * (spread.tanh() + 1) / 2
 
-    def loss(self, obs: Tensor, chunk: Tensor, weight: Tensor, mask: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, obs: Tensor, chunk: Tensor, weight: Tensor, mask: Tensor, t: Tensor, noise: Tensor, total: Tensor | None = None) -> Tensor:
         """Negative log-likelihood less its constant, mean over valid elements of weighted rows; arguments as of `DiffusionPolicy.loss`."""
         mean, log_std = self(obs)
         error = 0.5 * ((chunk - mean) / log_std.exp()).square() + log_std           # (B, H, Da)
         row_weight = weight[:, None] * mask
-        return (error.mean(-1) * row_weight).sum() / row_weight.sum().clamp(min=1e-6)
+        total = row_weight.sum() if total is None else total
+        return (error.mean(-1) * row_weight).sum() / total.clamp(min=1e-6)
 
     @torch.no_grad()
     def sample(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:

@@ -41,6 +41,6 @@ def test_it_learns_mean_and_spread_and_acts_by_its_mean():
 def test_a_run_trains_plans_and_exports_with_it(tmp_path):
     run = tmp_path / "run"
     train(small(run_dir=str(run), serial=True, data__source=str(write_data(tmp_path / "data.hdf5")), policy__kind="gaussian", planner__tail="policy_q",
-                online__env_steps=60, resources__compile=True), PointEnv)
+                online__env_steps=60), PointEnv)
     policy, _ = load_safetensors(export_run(run, "safetensors").path)
     assert isinstance(policy.policy, GaussianPolicy)
