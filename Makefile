@@ -9,13 +9,15 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test bench chaos lint clean
+.PHONY: help install demo test bench chaos lint types docs clean
 help:
 	@echo "make demo    train MODIP on HalfCheetah with local Ray, about 14 minutes on 2 cores, into runs/demo (run it again to resume)"
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make bench   timings of planner, learner, replay, environments, weights; serial against Ray"
 	@echo "make chaos   kill, freeze, fill and damage runs and check that nothing is lost, into results/chaos.json (make chaos FAST=1: under 5 minutes)"
-	@echo "make lint    ruff"
+	@echo "make lint    ruff, and make types"
+	@echo "make types   mypy on the public interfaces"
+	@echo "make docs    the documentation, into site/index.html"
 	@echo "make install only set up .venv"
 
 install: $(STAMP)
@@ -38,8 +40,14 @@ bench: install
 chaos: install
 	$(BIN)/python -m tests.chaos $(if $(FAST),--fast,--json results/chaos.json) $(if $(ONLY),--only $(ONLY))
 
-lint: install
+lint: install types
 	$(BIN)/python -m ruff check modip_ray tests scripts cluster examples
 
+types: install
+	$(BIN)/python -m mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache site

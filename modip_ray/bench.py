@@ -258,18 +258,22 @@ def save(rows: Sequence[Row], path: Path) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("modip bench", description="Short speed measurements, each beside a reference measured in the same run.")
+    p.add_argument("what", nargs="*", default=["all"], help=f"{', '.join(BENCHES)} or all")
+    p.add_argument("--json", metavar="FILE", help="write the rows there, with machine, git commit and versions")
+    p.add_argument("--seconds", type=float, default=1.0, help="time for each timed function (default 1)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from the defaults, e.g. planner.gaussian=128")
+    p.add_argument("--against", type=Path, metavar="PATH", help="a checkout of TD-MPC2: planner and learner at its shapes, by turns with its own")
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("modip bench", description="Short speed measurements, each beside a reference measured in the same run.")
-    parser.add_argument("what", nargs="*", default=["all"], help=f"{', '.join(BENCHES)} or all")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there, with machine, git commit and versions")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each timed function (default 1)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from the defaults, e.g. planner.gaussian=128")
-    parser.add_argument("--against", type=Path, metavar="PATH", help="a checkout of TD-MPC2: planner and learner at its shapes, by turns with its own")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         run_bench(args.what, args.json, args.seconds, args.set, args.against)
     except ValueError as error:                     # an unknown group or setting: the message says it all
-        parser.error(str(error))
+        parser().error(str(error))
 
 
 if __name__ == "__main__":

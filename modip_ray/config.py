@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
-from modip_ray.config_rules import ConfigError, shown, validate
+from modip_ray.config_rules import ConfigError as ConfigError
+from modip_ray.config_rules import shown, validate
 
 FREE_FORM = ("env_kwargs", "placement", "num_workers")      # taken over whole: their keys are the user's, or they may be a number as well
 
@@ -412,7 +413,7 @@ def build(tree: dict[str, Any]) -> Config:
 
 def typed(kind: Any, value: Any, where: str) -> Any:
     """`value` as `kind`, or ConfigError. An int is accepted for a float; nothing else is converted."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ConfigError(f"{where or 'config'}: expected a group of settings, got {shown(value)}")
         hints = typing.get_type_hints(kind)

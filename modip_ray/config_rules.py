@@ -127,7 +127,7 @@ def need(ok: bool, field: str, got: Any, rule: str) -> None:
 class Shown(reprlib.Repr):
     """A value as an error message shows it: one line of bounded length."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.maxstring = self.maxother = self.maxlong = 80
 

@@ -143,6 +143,7 @@ def write(policy: RawPolicy, to: Format, path: Path, metadata: dict[str, Any]) -
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")          # PyTorch's own
             found = torch.onnx.export(program(policy), dynamo=True, verbose=False, input_names=["observation", "noise"], output_names=["actions"])
+        assert found is not None
         found.model.metadata_props[METADATA] = text
         found.save(path)
 

@@ -56,7 +56,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
                 session.log.add(lambda: RaySink(folder.path.name, cfg.task.name))
             pretrain(session, system)
             online(session, system)
-            summary = evaluate(session, system)
+            summary = evaluate(session, system, cfg.task.env if env_factory is None else callable_name(env_factory))
             folder.write_summary(summary)
             session.progress.say(f"report: {write_report([folder.path])}")
         except Stopped:
@@ -139,9 +139,15 @@ def online(session: Session, system: System) -> None:
     session.enter("evaluate")
 
 
-def evaluate(session: Session, system: System) -> dict:
-    """All three ways of acting on the same seeds; the summary."""
-    cfg, finished = session.cfg, []
+def callable_name(factory: EnvFactory) -> str:
+    """ "module:Class" of an environment of one's own, so that no report takes it for the default task's."""
+    return f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
+
+
+def evaluate(session: Session, system: System, env_id: str) -> dict:
+    """All three ways of acting on the same seeds; the summary. env_id: the environment's name in it."""
+    cfg = session.cfg
+    finished: list[int] = []
     with session.timed("eval"), session.stop.at_once():
         jobs = [job for mode in reversed(MODES) for job in jobs_for(mode, cfg.eval.episodes, cfg.eval.seed)]    # the planner's first: they take longest
         session.progress.start("evaluate", sum(len(job.seeds) for job in jobs), "episodes")
@@ -154,8 +160,8 @@ def evaluate(session: Session, system: System) -> dict:
         session.record([report])
         session.progress.finish()
     found = scores_of(cfg, report.outcomes)
-    scores = {"data": session.data_score, **{mode: found[mode] for mode in MODES}}
-    return {"task": cfg.task.name, "env_id": cfg.task.env, "run_dir": cfg.run_dir or str(session.folder.path), "command": command_line(), "scores": scores,
+    scores: dict[str, dict] = {"data": session.data_score, **{mode: found[mode] for mode in MODES}}
+    return {"task": cfg.task.name, "env_id": env_id, "run_dir": cfg.run_dir or str(session.folder.path), "command": command_line(), "scores": scores,
             "env_steps": report.env_steps,
             "updates": report.updates, "wall_s": round(session.log.wall_s, 2), "phase_s": session.seconds_by_phase(), "versions": versions(),
             "git": git_commit(), "machine": machine(), "config_hash": cfg.hash()}

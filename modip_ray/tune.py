@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyarrow.fs import FileSelector, LocalFileSystem
 from ray import tune
 
 from modip_ray.search.settings import SEARCH_KEYS, check_mutation, trial_settings
 from modip_ray.search.space import check_space, pbt
+
+if TYPE_CHECKING:
+    from modip_ray.search.trial import Trial
 
 __all__ = ["MODIP", "SEARCH_KEYS", "check_mutation", "check_space", "pbt"]
 
@@ -41,7 +44,7 @@ class MODIP(tune.Trainable):
         os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))                      # relative paths mean what they mean to the driver
         self.trial = self.new_trial(config, None)
 
-    def new_trial(self, config: dict[str, Any], data: tuple | None):
+    def new_trial(self, config: dict[str, Any], data: tuple | None) -> Trial:
         from modip_ray.search.trial import Trial
         return Trial(trial_settings(config), self.shared_folder(), data)
 
@@ -61,7 +64,7 @@ class MODIP(tune.Trainable):
             use_new_folder(self._storage)
         self.trial.save(Path(checkpoint_dir))
 
-    def load_checkpoint(self, checkpoint: str) -> None:
+    def load_checkpoint(self, checkpoint: Any) -> None:
         self.trial.load(Path(checkpoint))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

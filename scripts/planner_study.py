@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from modip_ray.planning.planner import Planner
-from modip_ray.runfolder import git_commit, machine, versions
+from modip_ray.runfolder import command_line, git_commit, machine, versions
 from modip_ray.saved_run import agent_of_run, evaluate_run
 from modip_ray.tasks.scores import paired_difference
 
@@ -90,7 +90,8 @@ def paired(found: dict[str, dict]) -> None:
 
 def save(path: Path, run: Path, found: dict[str, dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"run": str(run), "settings": found, "machine": machine(), "git": git_commit(), "versions": versions()}, indent=1) + "\n")
+    about = {"command": f"python scripts/{command_line()}", "run": str(run), "machine": machine(), "git": git_commit(), "versions": versions()}
+    path.write_text(json.dumps({**about, "settings": found}, indent=1) + "\n")
 
 
 def line(name: str, s: dict) -> str:

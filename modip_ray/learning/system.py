@@ -29,7 +29,7 @@ class Setup:
 
     cfg: Config
     spec: Spec
-    episodes: list[Episode | Path]
+    episodes: Sequence[Episode | Path]
     env_factory: EnvFactory
     hook: SegmentHook | None = None
     checkpoint: Checkpoint | None = None

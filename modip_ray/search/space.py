@@ -53,8 +53,9 @@ def grid(value: Any) -> list | None:
 
 def extremes(value: Any) -> list[Any]:
     """Values of an entry of a space among which the most demanding ones are; [value] for one that is fixed."""
-    if grid(value) is not None:
-        return grid(value)
+    values = grid(value)
+    if values is not None:
+        return values
     if isinstance(value, Categorical):
         return list(value.categories)
     if isinstance(value, Integer):
@@ -88,15 +89,16 @@ def pbt(param_space: Mapping[str, Any], **fields: Any) -> PopulationBasedTrainin
         if key in SEARCH_KEYS:
             raise ConfigError(f"{key}: cannot be perturbed on a trained state; fix it, and search settings of the online phase")
     check_space(param_space, keys)
-    mutations = {key: steps_of(param_space[key]) for key in keys}
+    mutations: dict[str, Any] = {key: steps_of(param_space[key]) for key in keys}
     floats = {key: d for key, d in mutations.items() if isinstance(d, Domain)}
     return PopulationBasedTraining(time_attr="training_iteration", hyperparam_mutations=mutations, custom_explore_fn=Inside(floats), **fields)
 
 
 def steps_of(entry: Any) -> list | Domain:
     """What PBT moves along: a list of values, or a range of real numbers."""
-    if grid(entry) is not None:
-        return grid(entry)
+    values = grid(entry)
+    if values is not None:
+        return values
     if isinstance(entry, Categorical):
         return list(entry.categories)
     return list(integers(entry)) if isinstance(entry, Integer) and len(integers(entry)) <= MOST_VALUES else entry
@@ -105,7 +107,7 @@ def steps_of(entry: Any) -> list | Domain:
 class Inside:
     """Puts perturbed numbers back into the ranges that they are drawn from: Ray multiplies them without a limit."""
 
-    def __init__(self, domains: Mapping[str, Float | Integer]):
+    def __init__(self, domains: Mapping[str, Domain]):
         self.ranges = {key: (min(extremes(d)), max(extremes(d)), quantum(d)) for key, d in domains.items()}
 
     def __call__(self, config: dict[str, Any]) -> dict[str, Any]:

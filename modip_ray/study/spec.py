@@ -121,8 +121,8 @@ def build_study(tree: Mapping[str, Any], source: str, name: str) -> Study:
         for key, settings in entries.items():
             if known is not None and key not in known:
                 raise ConfigError(f"{source}: {group}: unknown task {key!r}{nearest(str(key), known)}")
-            if not NAME.fullmatch(str(key)) or key == START:
-                raise ConfigError(f"{source}: {group}: got the name {key!r}; names become folders: letters, digits, '_', '.', '-', and not {START!r}")
+            if not isinstance(key, str) or not NAME.fullmatch(key) or key == START:
+                raise ConfigError(f"{source}: {group}: got the name {key!r}; names become folders: text of letters, digits, '_', '.', '-', and not {START!r}")
             if not isinstance(settings, Mapping):
                 raise ConfigError(f"{source}: {group}.{key}: got {settings!r}, expected a mapping of dotted settings, e.g. {{planner.iterations: 0}}")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds) or not all(isinstance(s, int) and s >= 0 for s in study.seeds):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +25,7 @@ class EnvError(RuntimeError):
         return EnvError, (str(self), self.steps, self.crashed)
 
 
-def make_env(env_id: str, render_mode: str | None = None, **kwargs) -> gym.Env:
+def make_env(env_id: str, render_mode: str | None = None, **kwargs: Any) -> gym.Env:
     """gymnasium.make without the out-of-date warning (D4RL's data needs the -v4 ids), without the checker, and WITHOUT a TimeLimit.
 
     Time limits are applied, and told apart from terminations, by EnvGroup and rollout_episodes (`max_episode_steps`).

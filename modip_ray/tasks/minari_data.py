@@ -6,7 +6,9 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -126,7 +128,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _folder(minari: ModuleType, dataset_id: str):
+def _folder(minari: ModuleType, dataset_id: str) -> Path:
     """Folder of a dataset; DataError for a malformed id."""
     try:
         minari.dataset.minari_dataset.parse_dataset_id(dataset_id)
@@ -171,7 +173,7 @@ def _is_sound(minari: ModuleType, dataset_id: str) -> bool:
     return True
 
 
-def _env(name: str, env_id: str, action_dim: int) -> tuple[gym.envs.registration.EnvSpec, gym.spaces.Box]:
+def _env(name: str, env_id: str, action_dim: int) -> tuple[gym.envs.registration.EnvSpec | None, gym.spaces.Box]:
     """Spec and action space of the environment that the actions are for."""
     try:
         env = gym.make(env_id)
@@ -202,19 +204,19 @@ def _parts(space: gym.Space) -> list[tuple[str | int, gym.Space]]:
     return list(enumerate(space.spaces)) if isinstance(space, gym.spaces.Tuple) else []
 
 
-def _flat(name: str, value: object, space: gym.Space, rows: int) -> np.ndarray:
+def _flat(name: str, value: Any, space: gym.Space, rows: int) -> np.ndarray:
     """(rows, width) of a stored value; parts in the order of the space."""
     parts = _parts(space)
     if parts:
         return np.concatenate([_flat(f"{name}/{key}", value[key], part, rows) for key, part in parts], axis=1)
-    array = np.asarray(value)
-    if array.shape != (rows, *space.shape):
-        raise DataError(f"{name} has shape {array.shape}, expected {(rows, *space.shape)}")
+    array, shape = np.asarray(value), (rows, *(space.shape or ()))
+    if array.shape != shape:
+        raise DataError(f"{name} has shape {array.shape}, expected {shape}")
     with np.errstate(over="ignore"):                                                # a float64 beyond float32 becomes inf, and validate names it
         return array.reshape(rows, -1).astype(np.float32)
 
 
-def _episode(name: str, stored: object, space: gym.Space) -> tuple[Episode, bool]:
+def _episode(name: str, stored: Any, space: gym.Space) -> tuple[Episode, bool]:
     """The episode, and whether its end is marked."""
     steps = len(stored.rewards)
     flags = []
@@ -243,7 +245,7 @@ def _buffer(number: int, episode: Episode) -> object:
                          truncations=truncations)
 
 
-def _metadata(dataset_id: str, data: object) -> dict:
+def _metadata(dataset_id: str, data: Any) -> dict:
     """What the dataset says about itself, as short text."""
     own = data.storage.metadata
     told = {key: ", ".join(sorted(own[key])) if isinstance(own[key], set) else str(own[key]) for key in TOLD if own.get(key)}
