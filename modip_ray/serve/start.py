@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import random
 import socket
 import sys
 import time
@@ -24,6 +25,7 @@ from modip_ray.runfolder import RunError
 LOOPBACK = "127.0.0.1"
 FOLLOW_S = 10.0
 LOOK_S = 5.0
+UNASSIGNED = range(20_000, 30_000)
 NAME = "modip"
 
 
@@ -46,7 +48,8 @@ def served(run: Path, mode: EvalMode = "policy", host: str = LOOPBACK, port: int
         try:
             serve.run(application(run, mode, overrides, seed, follow_s, gpus), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            raise RunError(f"the server did not start: {error} {serve.status().applications[NAME].deployments}") from error
+            said = [line for d in serve.status().applications[NAME].deployments.values() for line in d.message.splitlines() if line.strip()]
+            raise RunError(f"the server did not start: {said[-1].strip() if said else error}") from error
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
@@ -73,9 +76,14 @@ def direct(port: int) -> dict[str, str]:
 
 
 def free_port(host: str, port: int) -> int:
-    """The port if nobody listens there; ConfigError where it cannot be had."""
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
-            return s.getsockname()[1]
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"--host {host} --port {port}: cannot listen there ({error}); choose another, --port 0 takes a free one") from error
+    """The port if nobody listens there, for 0 any free one. ConfigError where it cannot be had.
+
+    What listens there starts seconds later. So a free one is of those that systems deal out to nobody by themselves, and Ray neither.
+    """
+    for number in [port] if port else random.sample(UNASSIGNED, 50):
+        try:
+            socket.create_server((host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+            return number
+        except (OSError, OverflowError) as error:
+            problem = error
+    raise ConfigError(f"--host {host} --port {port}: cannot listen there ({problem}); choose another, --port 0 takes a free one") from problem
