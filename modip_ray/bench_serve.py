@@ -28,6 +28,7 @@ class Case(NamedTuple):
 
 
 CASES = (Case("policy", "policy"), Case("policy_json", "policy", as_json=True), Case("policy_16_rows", "policy", rows=16),
+         Case("policy_16_rows_json", "policy", rows=16, as_json=True),
          Case("policy_1_client", "policy", alone=True), Case("mpc", "mpc"))
 
 

@@ -30,13 +30,14 @@ class BatchQueue:
     counts too, because those who got it will ask again at once: else two clients would take turns for ever, each alone in a batch.
 
     compute : items -> one result or exception for each; called in a thread of its own, one batch at a time
+    inline  : call it in the loop itself: on a CPU a thread would fight with a busy loop for the interpreter's lock (docs/serve.md)
     Live is who asked within the last second: a dead client delays others by `max_wait_s` at most, and for a second only.
     """
 
     def __init__(self, compute: Callable[[list[Any]], Sequence[Any]], max_rows: int, max_wait_s: float, share: float = 1.0,
-                 initializer: Callable[[], None] | None = None):
+                 initializer: Callable[[], None] | None = None, inline: bool = False):
         self.compute, self.max_rows, self.max_wait_s, self.share = compute, max_rows, max_wait_s, share
-        self.pool = ThreadPoolExecutor(1, "batch", initializer)
+        self.pool = None if inline else ThreadPoolExecutor(1, "batch", initializer)
         self.waiting: list[Entry] = []
         self.seen: dict[Hashable, float] = {}
         self.arrived = asyncio.Event()
@@ -66,7 +67,7 @@ class BatchQueue:
             await self.gather()
             batch = self.take()
             try:
-                results = await asyncio.get_running_loop().run_in_executor(self.pool, self.compute, [e.item for e in batch])
+                results = await self.computed([e.item for e in batch])
             except Exception as error:                                              # whatever it was, the clients must hear of it
                 results = [error] * len(batch)
             self.free_at = time.monotonic()
@@ -78,6 +79,12 @@ class BatchQueue:
                     entry.future.set_exception(result)
                 else:
                     entry.future.set_result(result)
+
+    async def computed(self, items: list[Any]) -> Sequence[Any]:
+        if self.pool is not None:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, self.compute, items)
+        await asyncio.sleep(0)                                                      # the loop's other work has its turn between two batches
+        return self.compute(items)
 
     async def gather(self) -> None:
         """Wait for the batch to fill, no longer than the first request may wait."""

@@ -35,7 +35,7 @@ class Server:
         self.engine = Engine(Path(run), mode, overrides, seed)
         cfg = self.engine.policy.cfg
         self.queue = BatchQueue(self.engine, cfg.planner.max_rows, cfg.planner.max_wait_ms / 1e3,
-                                initializer=lambda: prepare_process(cfg.resources.torch_threads))
+                                initializer=lambda: prepare_process(cfg.resources.torch_threads), inline=self.engine.device.type == "cpu")
         self.following = asyncio.create_task(self.follow(follow_s)) if follow_s else None
 
     async def follow(self, every_s: float) -> None:

@@ -33,6 +33,7 @@ class Engine:
     def __init__(self, run: Path, mode: EvalMode, overrides: Mapping[str, Any] = MappingProxyType({}), seed: int = 0):
         self.run, self.mode, self.overrides = run, mode, dict(overrides)
         self.policy = load(run, mode, seed, overrides)
+        self.device = self.policy.planner.device
         modes = ("bc",) if mode == "bc" else (mode, *({"policy", "mpc"} - {mode}))
         self.limits = Limits(self.policy.obs_dim, self.policy.cfg.planner.max_rows, modes)
         self.clients: OrderedDict[str, int] = OrderedDict()                         # rows of each, who asked last at the end

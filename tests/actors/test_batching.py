@@ -79,10 +79,11 @@ def test_the_loop_is_free_while_a_batch_is_computed():
     run(main())
 
 
+@pytest.mark.parametrize("inline", [False, True], ids=["thread", "inline"])
 @pytest.mark.parametrize("clients", [1, 7])
-def test_every_client_gets_its_own_answer_in_a_closed_loop(clients):
+def test_every_client_gets_its_own_answer_in_a_closed_loop(clients, inline):
     async def main():
-        queue = BatchQueue(lambda items: [i + 1 for i in items], max_rows=4, max_wait_s=0.002)
+        queue = BatchQueue(lambda items: [i + 1 for i in items], max_rows=4, max_wait_s=0.002, inline=inline)
 
         async def client(number):
             for step in range(50):
