@@ -120,7 +120,7 @@ def test_what_is_no_http_or_ends_early_harms_nobody(server):
 
 
 def test_only_this_machine_can_reach_it(server):
-    listening = {c.laddr.ip for p in server.processes() for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    listening = {c.laddr.ip.removeprefix("::ffff:") for p in server.processes() for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert listening - {"::1"} == {"127.0.0.1"}
 
 
