@@ -150,7 +150,7 @@ class RaySystem:
             self.pool = RolloutPool(self.setup, self.planner_names, self.replay_names, self.key, self.env_steps, self.supervisor)
         pool = self.pool
         pool.gather()
-        pool.collect(target - pool.taken, SLICE_S)
+        pool.collect(target - max(pool.taken, self.env_steps), SLICE_S)             # stored ones of dead workers may be more than they reported
         if pool.taken >= target and pool.idle():
             with self.timer("wait/flush"):
                 pool.flush()

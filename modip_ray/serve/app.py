@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from starlette.requests import ClientDisconnect, Request
@@ -25,13 +26,23 @@ from modip_ray.serve.query import BadRequest, Query, from_json, from_raw
 
 JSON, RAW = "application/json", "application/octet-stream"
 ROUTES = {"/": ("GET", "HEAD"), "/act": ("POST",)}
+LOOPBACK = "127.0.0.1"
 READ_ON = 2**26                     # bytes of a body too large that are still read, so that its sender gets to read the answer
+
+
+def stay_on_loopback() -> None:
+    """Serve opens a port for other deployments' pickled calls on all interfaces, without a setting for it and without authentication: here on 127.0.0.1."""
+    from ray.serve._private import replica
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
 
 
 class Server:
     """follow_s: seconds between two looks for a newer checkpoint; 0: never."""
 
     async def __init__(self, run: str, mode: EvalMode, overrides: Mapping[str, Any], seed: int, follow_s: float):
+        if ray.util.get_node_ip_address() == LOOPBACK:
+            stay_on_loopback()
         self.engine = Engine(Path(run), mode, overrides, seed)
         cfg = self.engine.policy.cfg
         self.queue = BatchQueue(self.engine, cfg.planner.max_rows, cfg.planner.max_wait_ms / 1e3,

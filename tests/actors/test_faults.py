@@ -74,6 +74,7 @@ def run(tmp_path_factory):
             pid, seconds = steps.hit(role, signal.SIGSTOP, lambda line, name=name: line.startswith(f"{name} did not answer for 3 s"))
             facts["seconds"][f"{role} stopped"] = seconds
             steps.progress()
+            steps.until(lambda role=role: role in system.processes())               # the new one has answered
             facts[f"{role} stopped"] = (pid, system.processes()[role])
         steps.until(lambda: len(system.pool.acknowledged) == 2)                      # the new worker's first report is there
         system.cfg = dataclasses.replace(cfg, online=dataclasses.replace(cfg.online, env_steps=system.env_steps + 100))

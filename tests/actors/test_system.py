@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import time
 from uuid import uuid4
 
 import numpy as np
@@ -26,7 +27,7 @@ from tests.private_ray import private_ray
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
-STEPS_ONLINE = 1200
+STEPS_ONLINE = 3000          # so many that a killed worker is replaced before they are over, on a fast machine too
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,10 @@ def test_learners_do_not_wait_for_each_other_in_a_store_that_began_anew(cluster)
     store, replay = WeightStore.options(name="store-a").remote(s.spec.weights), ReplayActor.options(name="replay-a").remote(s.cfg, s.episodes, None)
     policy = LearnerActor.options(num_cpus=0).remote(s.cfg, s.spec, "policy", ["replay-a"], "store-a", None)
     ray.get(policy.settle.remote())
+    before = ray.get(store.pulse.remote()).incarnation
     ray.kill(store, no_restart=False)
+    while ray.get(store.pulse.remote()).incarnation == before:                                    # killing takes a moment
+        time.sleep(0.05)
     assert set(ray.get(store.status.remote())) == {"agent"}
     ray.get(policy.pull.remote(), timeout=20)
     waiting = store.newer.remote({})                                                              # who acts waits for all parts

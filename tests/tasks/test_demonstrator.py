@@ -101,10 +101,11 @@ def test_missing_and_unknown_demonstrators(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", DEMONSTRATORS)
 def test_shipped_demonstrator_is_in_its_band(name):
-    """12 sampled episodes: the mean within the band, widened by the sampling error (8 % of its middle)."""
+    """Sampled episodes: the mean within the band, widened by three standard errors. Which episodes a seed gives depends on the processor."""
     path = demonstrator_path(name)
     env_id, (low, high), _ = DEMONSTRATORS[name]
     policy = TanhGaussianPolicy.from_npz(path)
     assert path.stat().st_size < 1_000_000 and policy.meta["env_id"] == env_id
-    mean = np.mean([e.ret for e in collect(policy, partial(make_env, env_id), 12_000, 1000, seed=123, num_envs=12)])
-    assert low - 0.08 * (low + high) / 2 <= mean <= high + 0.08 * (low + high) / 2
+    returns = np.array([e.ret for e in collect(policy, partial(make_env, env_id), 24_000, 1000, seed=123, num_envs=12)])
+    margin = 3 * returns.std(ddof=1) / np.sqrt(len(returns))
+    assert low - margin <= returns.mean() <= high + margin and margin < 0.4 * low, (returns.mean(), margin)
