@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import os
+import pickle
 import signal
 import time
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from modip_ray.search.report import TRIALS, TrialResult, read_rows, trial_number
 from modip_ray.search.settings import differing, trial_settings
 from modip_ray.search.space import check_space, pbt
 from modip_ray.search.spec import Asha, Pbt, Search
-from modip_ray.search.watch import KeptRungs, Lines, Rows, folder_name, last_line, quiet
+from modip_ray.search.watch import TUNER, KeptRungs, KeptTuner, Lines, Rows, folder_name, kept_tuner, last_line, quiet, write_whole
 from modip_ray.tune import MODIP
 
 KINDS = {"choice": tune.choice, "grid": tune.grid_search, "uniform": lambda v: tune.uniform(*v), "loguniform": lambda v: tune.loguniform(*v),
@@ -34,6 +36,7 @@ FREE = ("ray_address",)             # may differ when a search goes on
 #: Tune's state is written this often, so that a killed driver repeats next to nothing; its loggers stay quiet.
 TUNE_ENV = {"TUNE_GLOBAL_CHECKPOINT_S": "1", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
             "RAY_AIR_NEW_OUTPUT": "0"}
+BROKEN = (EOFError, pickle.UnpicklingError, json.JSONDecodeError)
 RETRIES = 1                         # of a trial whose process or node dies, from its last checkpoint
 
 
@@ -107,7 +110,7 @@ def checked_scheduler(search: Search, space: dict[str, Any]) -> Any:
 
 
 def fresh(search: Search, space: dict[str, Any], scheduler: Any, folder: Path) -> tune.Tuner:
-    callbacks: list[tune.Callback] = [Lines(search.metric, search.mode, search.iterations), Rows()]
+    callbacks: list[tune.Callback] = [Lines(search.metric, search.mode, search.iterations), Rows(), KeptTuner(folder)]
     callbacks += [KeptRungs(scheduler)] if isinstance(search.scheduler, Asha) else []
     draws = tune.search.BasicVariantGenerator(random_state=search.seed, max_concurrent=search.max_concurrent or 0)
     kept = 4 + (search.scheduler.perturbation_interval if isinstance(search.scheduler, Pbt) else 0)       # a donor's must outlast the copying
@@ -124,6 +127,20 @@ def restored(folder: Path) -> tune.Tuner | None:
     path = folder / TRIALS
     if not tune.Tuner.can_restore(str(path)) or not any(path.glob("experiment_state-*.json")):            # killed before the first trial was drawn
         return None
+    tuner, kept = path / TUNER, kept_tuner(folder)
+    try:
+        found = restore(path)
+    except BROKEN as error:                                                         # Tune writes in place: it was killed while it did
+        if not kept.is_file() or kept.read_bytes() == tuner.read_bytes():
+            raise RunError(f"{path}: Tune's state of the search cannot be read ({type(error).__name__}: {error}); its trials are there, but the search cannot "
+                           "go on: give another out=... to search anew") from error
+        write_whole(tuner, kept.read_bytes())
+        found = restore(path)
+    write_whole(kept, tuner.read_bytes())
+    return found
+
+
+def restore(path: Path) -> tune.Tuner:
     return tune.Tuner.restore(str(path), trainable=MODIP, resume_unfinished=True, restart_errored=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from ray.tune.utils import flatten_dict
 
 from modip_ray.report.scores import interval, number
 from modip_ray.runfolder import RunError
-from modip_ray.search.report import cell, trial_number
+from modip_ray.search.report import TRIALS, cell, trial_number
+
+TUNER = "tuner.pkl"                 # Tune's name for its description of a search
 
 
 def number_of(trial: Trial) -> int:
@@ -114,3 +117,26 @@ class KeptRungs(Callback):
         with tempfile.NamedTemporaryFile() as file:
             Path(file.name).write_bytes(state["scheduler"])
             self.scheduler.restore(file.name)
+
+
+class KeptTuner(Callback):
+    """A copy of Tune's description of the search, made when the first trial starts; see `restored` in run.py."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        kept = kept_tuner(self.folder)
+        if not kept.is_file():
+            write_whole(kept, (self.folder / TRIALS / TUNER).read_bytes())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that is the old or the new one at any moment."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def kept_tuner(folder: Path) -> Path:
+    return folder / f".{TUNER}"
