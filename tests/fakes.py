@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,6 +32,14 @@ class PointEnv(gym.Env):
         self.state[:2] += 0.2 * self.state[2:]
         reward = 1.0 - float(np.abs(self.state[:2]).sum())
         return self.state.copy(), reward, bool((np.abs(self.state[:2]) > 3).any()), False, {}
+
+
+class PacedPointEnv(PointEnv):
+    """It sleeps POINT_STEP_S seconds a step, an environment variable, so that a test can look at a run that is under way on any machine."""
+
+    def step(self, action):
+        time.sleep(float(os.environ.get("POINT_STEP_S", 0)))
+        return super().step(action)
 
 
 class Noisy:

@@ -1,5 +1,6 @@
 """The roles on a real (small, private) Ray. One GPU is declared that does not exist: scheduling is tested, computing falls back to the CPU."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -152,6 +153,17 @@ def same_updates(s: Setup, streams=("model", "policy")) -> list[list[dict]]:
     return found
 
 
+def wait_for_another(store, before: str) -> None:
+    """Killing takes a moment, and so does beginning anew; until then the store answers as before, or not at all."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            if ray.get(store.pulse.remote(), timeout=20).incarnation != before:
+                return
+        time.sleep(0.05)
+    raise AssertionError("the store did not begin anew within 60 s")
+
+
 def test_learners_do_not_wait_for_each_other_in_a_store_that_began_anew(cluster):
     """The policy learner's own part, which it put before, is what such a store lacks: waiting for it there would never end."""
     from modip_ray.actors.learner import LearnerActor
@@ -163,8 +175,7 @@ def test_learners_do_not_wait_for_each_other_in_a_store_that_began_anew(cluster)
     ray.get(policy.settle.remote())
     before = ray.get(store.pulse.remote()).incarnation
     ray.kill(store, no_restart=False)
-    while ray.get(store.pulse.remote()).incarnation == before:                                    # killing takes a moment
-        time.sleep(0.05)
+    wait_for_another(store, before)
     assert set(ray.get(store.status.remote())) == {"agent"}
     ray.get(policy.pull.remote(), timeout=20)
     waiting = store.newer.remote({})                                                              # who acts waits for all parts

@@ -43,9 +43,9 @@ def modip(*args: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, ended.value.code, out.getvalue(), errors.getvalue())
 
 
-def start_and_wait(args: list[str], ready, log: Path) -> subprocess.Popen:
+def start_and_wait(args: list[str], ready, log: Path, env: dict[str, str] = ENV) -> subprocess.Popen:
     """Start a run and wait until `ready()` holds."""
-    process = subprocess.Popen(args, cwd=ROOT, env=ENV, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    process = subprocess.Popen(args, cwd=ROOT, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
     while not ready():
         assert process.poll() is None, f"the run ended early:\n{log.read_text()}"
@@ -62,8 +62,8 @@ def online_checkpoint(run: Path):
 @SYSTEMS
 def test_train_kill_resume_eval(tmp_path, data, serial):
     run = tmp_path / "run"
-    args = command(run, data, serial=serial, log__checkpoint_every_s=0.2, online__env_steps=900)
-    first = start_and_wait(args, online_checkpoint(run), tmp_path / "log1")
+    args = command(run, data, serial=serial, log__checkpoint_every_s=0.2, online__env_steps=900, task__env="tests.fakes:PacedPointEnv")
+    first = start_and_wait(args, online_checkpoint(run), tmp_path / "log1", ENV | {"POINT_STEP_S": "0.05"})
     first.send_signal(signal.SIGKILL)
     first.wait()
     saved = newest(run / "checkpoints")
