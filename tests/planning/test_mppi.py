@@ -100,7 +100,7 @@ def test_without_gaussians_it_chooses_among_the_proposals():
 def test_nothing_leaves_the_trust_region():
     proposals = 0.05 * torch.randn(2, 8, 3, 2, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     result = run(proposals, warm=torch.full((2, 3, 2), 0.9), has_warm=torch.ones(2, dtype=torch.bool), box=0.2)
-    assert result.elites.abs().max() <= 0.2 and result.mean.abs().max() <= 0.2
+    assert result.elites.abs().max() <= 0.2 and result.mean.abs().max() <= 0.2 + 1e-6      # a weighted mean rounds
     expected = TARGET.clamp(-0.2, 0.2)                              # the best that the box allows
     torch.testing.assert_close(result.mean, expected.expand(2, 3, 2), atol=0.04, rtol=0)
     far = run(proposals, box=1.0)
