@@ -18,7 +18,7 @@ def check_roles(trial: Trial) -> None:
     Segments are short, as the counters rise by whole segments and all environments begin theirs together: with 200 steps each that is every 3,200 steps.
     """
     times = trial.pick(1, 5)
-    run = trial.pick(trial.point, trial.demo)("run", log__audit=True, eval__every_steps=300, eval__every_episodes=1,
+    run = trial.pick(trial.point, trial.demo)("run", log__audit=True, eval__every_steps=1000, eval__every_episodes=1,
                                               task__max_episode_steps=trial.pick(30, 200), rollout__segment_length=20)
     served = {role: [] for role in ROLES}
     with run, Ledger(run.path) as ledger:
