@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from modip_ray.report.parallel import GRID, INK, MUTED, SETTINGS
 from modip_ray.report.svg import short_number
+from modip_ray.study.kept import evaluations, outcome
 from modip_ray.study.spec import Study
 
 STYLES = {"mpc": "-", "policy": (0, (4, 2))}
@@ -23,10 +23,10 @@ Curve = dict[int, tuple[float, float]]                          # by environment
 
 def write_curves(study: Study) -> list[str]:
     """curves_TASK.png (and .svg) for every task with an evaluation; their names."""
-    written = []
+    written, cells = [], study.cells()
     for task in study.tasks:
         curves = {(m, mode): found for m in study.methods for mode in STYLES
-                  if (found := [c for s in study.seeds if (c := read_curve(study.folder / task / m / f"seed_{s}", mode))])}
+                  if (found := [c for cell in cells if (cell.task, cell.method) == (task, m) and (c := read_curve(outcome(cell) or cell.folder, mode))])}
         if curves:
             with matplotlib.rc_context(SETTINGS):
                 figure = draw(task, list(study.methods), curves)
@@ -38,11 +38,7 @@ def write_curves(study: Study) -> list[str]:
 
 def read_curve(run: Path, mode: str) -> Curve:
     """Evaluations of one mode in a run's metrics; of two at the same step the later one counts."""
-    try:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
-    except FileNotFoundError:
-        return {}
-    return {r["env_steps"]: (r["wall_s"], r["mean"]) for r in rows if r.get("kind") == "eval" and r.get("mode") == mode}
+    return {r["env_steps"]: (r["wall_s"], r["mean"]) for r in evaluations(run) if r.get("mode") == mode}
 
 
 def over_seeds(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from modip_ray.learning.evaluation import MODES
 from modip_ray.report.scores import duration, number
 from modip_ray.runfolder import RunError, check_same, read_summary, saved_config_tree
 from modip_ray.session import StopSignals
+from modip_ray.study.kept import keep, outcome
 from modip_ray.study.spec import Cell, Study
 from modip_ray.study.table import write_results
 
@@ -38,8 +39,9 @@ def run_study(study: Study) -> dict[str, Any] | None:
         if earlier is not None:
             check_same(earlier, cell.cfg, cell.folder)
     with opened(study), StopSignals(grace_s=0.0) as stop:                      # each run keeps to its own log.grace_s
-        todo = [c for c in cells if not finished(c)]
-        print(f"study {study.folder}: {len(cells)} runs, {len(cells) - len(todo)} done", flush=True)
+        todo = [c for c in cells if outcome(c) is None]
+        todo = [c for c in todo if c.start is not None or any(other.start == c for other in todo)]       # a start that nobody waits for is not needed
+        print(f"study {study.folder}: {len(cells)} runs, {len(todo)} to do", flush=True)
         failed = run_cells(todo, study.at_once, stop)
         found = write_results(study)
         if stop.asked:
@@ -48,12 +50,6 @@ def run_study(study: Study) -> dict[str, Any] | None:
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} runs failed: {', '.join(c.name for c in failed)}; see their log.txt (the same command tries them again)")
     return found
-
-
-def finished(cell: Cell) -> bool:
-    """Its very settings have come to a summary."""
-    summary = read_summary(cell.folder)
-    return summary is not None and summary.get("config_hash") == cell.cfg.hash()
 
 
 def run_cells(todo: Sequence[Cell], at_once: int, stop: StopSignals) -> list[Cell]:
@@ -71,7 +67,7 @@ def run_cells(todo: Sequence[Cell], at_once: int, stop: StopSignals) -> list[Cel
                 failed.append(one.cell)
         failed += [c for c in waiting if c.start in failed]
         waiting = [c for c in waiting if c not in failed]
-        ready = [c for c in waiting if c.start is None or finished(c.start)]
+        ready = [c for c in waiting if c.start is None or outcome(c.start) is not None]
         if ready and len(running) < at_once:
             waiting.remove(ready[0])
             running.append(launched(ready[0]))
@@ -95,7 +91,8 @@ def launched(cell: Cell) -> Running:
 def note(one: Running, stopped: bool) -> bool:
     """Say how a run ended; False for one that failed."""
     head, took = f"{time.strftime('%H:%M')} {one.cell.name}", duration(time.monotonic() - one.began)
-    if finished(one.cell):
+    if outcome(one.cell) is not None:
+        keep(one.cell)
         scores = read_summary(one.cell.folder)["scores"]
         shown = ", ".join(f"{mode} {number(scores[mode]['mean'])}" for mode in MODES)
         print(f"{head} done in {took}: {shown}", flush=True)

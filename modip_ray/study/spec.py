@@ -28,6 +28,7 @@ class Cell:
     folder: Path
     cfg: Config
     start: Cell | None = None
+    kept: Path | None = None        # where its small files stay
 
     @property
     def name(self) -> str:
@@ -48,6 +49,8 @@ class Study:
     methods: dict = field(default_factory=dict)
     seeds: list = field(default_factory=lambda: [0, 1, 2])
     settings: dict = field(default_factory=dict)
+    #: A folder for the small files of finished runs (settings, summary, evaluations), which go on counting where the run folders are gone; null: none.
+    kept: str | None = None
     #: Runs at a time on this machine; each is a train command of its own, with its own Ray.
     at_once: int = 1
 
@@ -73,7 +76,7 @@ class Study:
                 cfg = cfg.replace({"data.cache": str(start.folder / "data.hdf5")})
         except ConfigError as error:
             raise ConfigError(f"task {task}, method {method}: {error}") from error
-        return Cell(task, method, seed, folder, cfg, start)
+        return Cell(task, method, seed, folder, cfg, start, Path(self.kept) / task / method / f"seed_{seed}" if self.kept else None)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

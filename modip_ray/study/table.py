@@ -17,7 +17,8 @@ from modip_ray.learning.evaluation import MODES
 from modip_ray.report.published import NOTE, published_for
 from modip_ray.report.scores import ROWS, duration, interval, number
 from modip_ray.runfolder import command_line, git_commit, machine, read_summary, versions
-from modip_ray.study.spec import Study
+from modip_ray.study.kept import outcome
+from modip_ray.study.spec import Cell, Study
 from modip_ray.tasks.scores import normalized_score
 
 RESAMPLES = 5_000
@@ -48,16 +49,16 @@ def paired(ours: Sequence[Mapping[str, Any]], bc: Sequence[Mapping[str, Any]]) -
     return {"mean": mean, "ci95": nested_ci(groups), "share": mean / base if base else None}
 
 
-def task_results(study: Study, task: str, method: str) -> dict[str, Any] | None:
-    """Of all training seeds that are done; None where none is."""
-    done = [s for seed in study.seeds if (s := read_summary(study.folder / task / method / f"seed_{seed}")) is not None]
+def task_results(cells: Sequence[Cell]) -> dict[str, Any] | None:
+    """Of one task and method, all training seeds that are done; None where none is."""
+    done = [read_summary(folder) for cell in cells if (folder := outcome(cell)) is not None]
     if not done:
         return None
-    family = study.cell(task, method, study.seeds[0], None if method == "start" else study.cell(task, "start", study.seeds[0])).cfg.task.family
+    family = cells[0].cfg.task.family
     scores = {name: [s["scores"][name] for s in done] for name in ("data", *MODES)}
     found = {name: joined(s, family) for name, s in scores.items()}
     return {**found, "metric": done[0]["scores"]["bc"]["metric"], "env_steps": min(s["env_steps"] for s in done), "updates": min(s["updates"] for s in done),
-            "wall_s": float(np.mean([s["wall_s"] for s in done])), "seeds_done": len(done), "seeds_wanted": len(study.seeds),
+            "wall_s": float(np.mean([s["wall_s"] for s in done])), "seeds_done": len(done), "seeds_wanted": len(cells),
             "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in ("policy", "mpc")}, "git": sorted({s["git"] for s in done})}
 
 
@@ -75,7 +76,9 @@ def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def results(study: Study) -> dict[str, Any]:
-    methods = {m: {t: found for t in study.tasks if (found := task_results(study, t, m)) is not None} for m in study.methods}
+    cells = study.cells()
+    methods = {m: {t: found for t in study.tasks if (found := task_results([c for c in cells if (c.task, c.method) == (t, m)])) is not None}
+               for m in study.methods}
     own = next(iter(study.methods))
     return {"study": study.to_dict(), "tasks": methods[own], "methods": methods, "over_tasks": over_tasks(methods), "command": command_line(),
             "git": git_commit(), "machine": machine(), "versions": versions()}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from modip_ray.config import ConfigError
-from modip_ray.study.run import finished, run_study
+from modip_ray.study.kept import evaluations, keep, outcome
+from modip_ray.study.run import run_study
 from modip_ray.study.spec import build_study, load_study
 from modip_ray.study.table import markdown, nested_ci, results
 from tests.fakes import SMALL, write_data
@@ -101,6 +102,27 @@ def test_tables_of_finished_runs(tmp_path):
     assert "1 of 2" in text and "1.50 x" in text and "Paper: BC 5108" in text
 
 
+def test_a_study_goes_on_from_what_was_kept(tmp_path, monkeypatch):
+    """As on another machine, where no run folder is: neither the kept run nor its start is run again; with other settings both are."""
+    s = study(tmp_path / "out", kept=str(tmp_path / "kept"), methods={"modip": {}})
+    start, run, *_ = s.cells()
+    put_summary(run, 100, 120, 150, np.random.default_rng(0))
+    (run.folder / "config.yaml").write_text(run.cfg.dump())
+    (run.folder / "metrics.jsonl").write_text('{"kind": "train", "loss": 1}\n{"kind": "eval", "mode": "mpc", "env_steps": 400, "wall_s": 9.0, "mean": 150.0}\n')
+    keep(run)
+    for name in run.folder.iterdir():
+        name.unlink()
+    assert outcome(run) == run.kept and [r["kind"] for r in evaluations(run.kept)] == ["eval"] and outcome(start) is None
+    began = []
+    monkeypatch.setattr("modip_ray.study.run.run_cells", lambda todo, at_once, stop: began.extend(todo) or [])
+    found = run_study(s)
+    assert [c.name for c in began] == [c.name for c in s.cells()[2:]] and found["tasks"][TASK]["seeds_done"] == 1
+    assert (s.folder / f"curves_{TASK}.png").is_file()
+    assert outcome(study(tmp_path / "out", kept=str(tmp_path / "kept"), settings=SMALL | {"critic.width": 24}).cells()[1]) is None
+    (run.kept / "config.yaml").write_text("critic: {gone: 1}\n")                    # a setting that this version does not have
+    assert outcome(run) is None
+
+
 def test_over_tasks_by_rliable(tmp_path):
     s, rng = study(tmp_path, settings=SMALL | {"task.family": "halfcheetah"}), np.random.default_rng(0)
     for cell in s.cells():
@@ -132,7 +154,7 @@ def test_a_real_study_is_stopped_and_goes_on(tmp_path):
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"{TASK}/start/seed_0 done" not in second.stdout                         # it had been done
     study_ = load_study(file)
-    assert all(finished(c) for c in study_.cells())
+    assert all(outcome(c) == c.folder for c in study_.cells())
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     bc = {m: found["methods"][m][TASK]["bc"]["by_seed"] for m in ("modip", "tail")}
     assert bc["modip"] == bc["tail"]
