@@ -95,6 +95,8 @@ class Critic:
     expectile: float
     n_step: int
     pretrain_n_step: int
+    td_lambda: float
+    updates_per_update: int
     weight: float
     target: Literal["value", "policy_q"]
 
@@ -137,6 +139,7 @@ class Distill:
     n_step: int
     min_gain: float
     beta: float
+    reanalyze: float
     online_share_start: float
     online_share_end: float
 

@@ -16,9 +16,9 @@ class ConfigError(ValueError):
 POSITIVE = """
     policy.horizon policy.n_action_steps policy.width policy.denoising_steps policy.sampling_steps policy.batch_size policy.lr
     world_model.latent world_model.width world_model.batch_size world_model.horizon world_model.lr world_model.obs_std_floor world_model.simnorm_group
-    world_model.grad_clip critic.members critic.n_step critic.pretrain_n_step critic.width critic.bound planner.horizon planner.n_action_steps planner.proposals
-    planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker rollout.groups rollout.segment_length rollout.env_timeout_s
-    replay.shards replay.capacity replay.prefetch
+    world_model.grad_clip critic.members critic.n_step critic.pretrain_n_step critic.updates_per_update critic.width critic.bound planner.horizon
+    planner.n_action_steps planner.proposals planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker
+    rollout.groups rollout.segment_length rollout.env_timeout_s replay.shards replay.capacity replay.prefetch
     eval.episodes eval.every_episodes eval.bootstrap task.max_episode_steps data.transitions resources.torch_threads resources.call_timeout_s
     resources.silent_s resources.restart_s resources.snapshot_s resources.learner_replicas
     log.every_s log.keep_checkpoints log.grace_s distill.beta distill.n_step
@@ -26,8 +26,8 @@ POSITIVE = """
 """.split()
 
 FRACTIONS = """
-    critic.gamma critic.tau critic.expectile policy.ema world_model.rho online.online_share_start online.online_share_end
-    distill.online_share_start distill.online_share_end
+    critic.gamma critic.tau critic.expectile critic.td_lambda policy.ema world_model.rho online.online_share_start online.online_share_end
+    distill.reanalyze distill.online_share_start distill.online_share_end
 """.split()
 
 #: Sizes that no machine has room or time for, and step sizes at which nothing is learned: slips of the hand.
@@ -35,6 +35,7 @@ MOST = {
     **dict.fromkeys("policy.width world_model.width world_model.latent critic.width critic.bins planner.max_rows".split(), 2**16),
     **dict.fromkeys("planner.proposals planner.gaussian rollout.envs_per_worker policy.denoising_steps".split(), 10_000),
     **dict.fromkeys("policy.blocks policy.horizon world_model.horizon critic.members planner.iterations planner.replicas replay.prefetch".split(), 1000),
+    "critic.updates_per_update": 1000,
     **dict.fromkeys("policy.batch_size world_model.batch_size eval.bootstrap eval.episodes eval.every_episodes rollout.segment_length".split(), 10**6),
     **dict.fromkeys("policy.lr policy.lr_final world_model.lr world_model.lr_final world_model.encoder_lr_scale online.lr_scale".split(), 100.0),
     **dict.fromkeys("critic.n_step critic.pretrain_n_step distill.n_step replay.shards resources.torch_threads".split(), 10_000),
@@ -99,6 +100,8 @@ def model_rules(cfg: Config) -> None:
         need(p.blocks > 0, "policy.blocks", p.blocks, "must be at least 1 for the unet")
     need(w.latent % w.simnorm_group == 0, "world_model.latent", w.latent, f"must be a multiple of world_model.simnorm_group={w.simnorm_group}")
     need(cfg.learner.explodes > 1, "learner.explodes", cfg.learner.explodes, "must be above 1: a multiple of the usual gradient norm")
+    need(cfg.critic.updates_per_update == 1 or cfg.critic.target == "value", "critic.updates_per_update", cfg.critic.updates_per_update,
+         "must be 1 where critic.target is policy_q: only V is updated more often")
     need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
 
 

@@ -38,7 +38,8 @@ def gather(steps, whole, start, n_step, powers, end_obs, end_terminated, obs, bo
     """What `ReplayBuffer.sequences` describes, into obs .. discount.
 
     steps (N, F) float32 with the columns obs, action, reward, suffix, remaining, end; whole: the same memory as int32; start (B,) positions;
-    powers: gamma^n for n up to n_step; end_obs (m, Do), end_terminated (m,); obs, bootstrap (B, K * Do), action (B, H * Da), the rest (B, H) or (B, K).
+    n_step (B,); powers: gamma^n for n up to the largest; end_obs (m, Do), end_terminated (m,); obs, bootstrap (B, K * Do), action (B, H * Da), the rest
+    (B, H) or (B, K).
     """
     n_rows, b_rows, k_steps, horizon = U(steps.shape[0]), U(returns.shape[0]), U(returns.shape[1]), U(reward.shape[1])
     d_obs = U(end_obs.shape[1])
@@ -47,7 +48,7 @@ def gather(steps, whole, start, n_step, powers, end_obs, end_terminated, obs, bo
     flat, width = steps.reshape(1, steps.size), U(steps.shape[1])
     for b in range(b_rows):
         if b + U(AHEAD) < b_rows:
-            for first in (start[b + U(AHEAD)], start[b + U(AHEAD)] + n_step):
+            for first in (start[b + U(AHEAD)], start[b + U(AHEAD)] + n_step[b + U(AHEAD)]):
                 at, last = first * width, min((first + k_steps) * width + U(LINE - 1), U(flat.size))
                 while at < last:                                                    # every line that holds some of these K rows
                     prefetch(flat, U(0), at)
@@ -57,7 +58,7 @@ def gather(steps, whole, start, n_step, powers, end_obs, end_terminated, obs, bo
         dies = end_terminated[end]
         for k in range(k_steps):
             step = min(k, remaining - U(1))                                         # stays inside the segment
-            n = min(n_step, remaining - step)                                       # steps really summed
+            n = min(n_step[b], remaining - step)                                       # steps really summed
             here, there = s + step, s + step + n                                    # there: where the n steps lead
             if here >= n_rows:
                 here -= n_rows
@@ -91,7 +92,7 @@ def gather(steps, whole, start, n_step, powers, end_obs, end_terminated, obs, bo
 
 FLAT, BOOLS, INDEX = types.float32[:, ::1], types.boolean[:, ::1], types.uint64
 ROWS, WHOLE = (types.Array(t, 2, "C", readonly=True) for t in (types.float32, types.int32))         # offline data are mapped read-only
-SIGNATURE = types.void(ROWS, WHOLE, INDEX[::1], INDEX, types.float32[::1], FLAT, types.boolean[::1], FLAT, FLAT, FLAT, FLAT, BOOLS, FLAT, FLAT, FLAT, FLAT)
+SIGNATURE = types.void(ROWS, WHOLE, INDEX[::1], INDEX[::1], types.float32[::1], FLAT, types.boolean[::1], FLAT, FLAT, FLAT, FLAT, BOOLS, FLAT, FLAT, FLAT, FLAT)
 try:
     gather = njit(SIGNATURE, cache=True, nogil=True)(gather)
 except RuntimeError:                # nowhere to keep the compiled code: neither beside this file nor in the user's cache

@@ -19,6 +19,7 @@ from modip_ray.learning.distill import imitation_weights
 from modip_ray.learning.guard import UpdateGuard
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.parallel import ALONE, Replicas
+from modip_ray.learning.reanalyze import Reanalyze
 from modip_ray.model.agent import Agent
 from modip_ray.model.critic import td_target
 from modip_ray.model.hardware import compiled, uses_compile
@@ -52,6 +53,8 @@ class Learner:
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.updates, self.policy_updates = 0, 0                                    # skipped ones included
         self.guards: dict[Stream, UpdateGuard] = {s: UpdateGuard(cfg.learner.explodes, self.device) for s in STREAMS}
+        self.value_guard = UpdateGuard(cfg.learner.explodes, self.device)           # where V is bad, the next world-model update says so
+        self.reanalyze = Reanalyze(cfg, agent, self.rng) if cfg.distill.reanalyze else None
         self.model_loss, self.policy_loss = self.world_model_and_value_loss, self.policy.loss
         if uses_compile(cfg) and cfg.resources.learner_precision == "fp32":         # torch 2.13 generates invalid code for bf16 backward passes
             self.model_loss, self.policy_loss = compiled(self.model_loss, "the learner"), compiled(self.policy_loss, "the policy learner")
@@ -59,24 +62,40 @@ class Learner:
         encoder = list(agent.world_model.encoder.parameters())
         rest = [p for p in agent.world_model.parameters() if not any(p is e for e in encoder)] + list(agent.critic.parameters())
         self.model_opt = torch.optim.Adam([{"params": encoder, "scale": w.encoder_lr_scale}, {"params": rest, "scale": 1.0}], lr=w.lr, fused=True)
+        self.value_opt = torch.optim.Adam([{"params": list(agent.critic.parameters()), "scale": 1.0}], lr=w.lr, fused=True)      # of V's further updates
         self.policy_opt = torch.optim.Adam([{"params": list(self.policy.parameters()), "scale": 1.0}], lr=cfg.policy.lr, fused=True)
 
     def set_lr(self, progress: float, online: bool) -> None:
         """Cosine from lr to lr_final over the offline phase (progress 0..1); constant lr * online.lr_scale online."""
-        for opt, section in ((self.model_opt, self.cfg.world_model), (self.policy_opt, self.cfg.policy)):
+        w = self.cfg.world_model
+        for opt, section in ((self.model_opt, w), (self.value_opt, w), (self.policy_opt, self.cfg.policy)):
             cosine = section.lr_final + (section.lr - section.lr_final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
             for group in opt.param_groups:
                 group["lr"] = group["scale"] * (section.lr * self.cfg.online.lr_scale if online else cosine)
 
     def update_model(self, batch: Mapping[str, np.ndarray]) -> Metrics:
-        """One step of world model and critic on a batch of `ReplayBuffer.sequences`."""
-        whole = to_tensors(batch, self.device)
+        """One step of world model and critic on a batch of `ReplayBuffer.sequences`, then V's further ones, each on its part of the batch's rows."""
+        tensors = to_tensors(batch, self.device)
+        whole, *further = (dict(zip(tensors, part, strict=True)) for part in
+                           zip(*(v.chunk(self.cfg.critic.updates_per_update) for v in tensors.values()), strict=True))
         b = self.replicas.own_rows(whole) | {"all_mask": whole["mask"], "all_value_mask": whole["value_mask"]}
         loss, metrics = self.with_precision(self.model_loss, b | self.asked_of_policy(b) if asks_policy(self.cfg) else b)
         norm, skipped = self.step(self.model_opt, loss, metrics, self.guards["model"], self.updates, self.cfg.world_model.grad_clip)
         ema_update(self.target_critic, self.agent.critic, self.cfg.critic.tau)
+        for part in further:
+            self.update_value(part)
         self.updates += 1
         return {**metrics, "model/grad_norm": norm, SKIPPED: skipped}
+
+    def update_value(self, whole: Mapping[str, Tensor]) -> None:
+        """One step of V alone: the states of the batch as they were seen, encoded by a world model that is left alone."""
+        b, norm = self.replicas.own_rows(whole), self.agent.normalizer
+        with torch.no_grad():
+            z, z_boot = self.agent.world_model.encode(norm.obs(torch.stack([b["obs"], b["bootstrap_obs"]])))           # (B, H+1, Dz) each
+            y = td_target(b["n_step_return"], b["discount"], self.target_critic(z_boot).mean(0))
+        loss = self.with_precision(lambda: (self.agent.critic.loss(z, y).mean(0) * b["value_mask"]).sum() / self.total(whole["value_mask"]))
+        self.step(self.value_opt, loss, {}, self.value_guard, self.updates, self.cfg.world_model.grad_clip)
+        ema_update(self.target_critic, self.agent.critic, self.cfg.critic.tau)
 
     def step(self, opt: torch.optim.Adam, loss: Tensor, metrics: Metrics, guard: UpdateGuard, count: int, clip: float = math.inf) -> tuple[Tensor, Tensor]:
         """Backward pass and the optimiser's step, with the gradient norm limited to `clip`; the guard may say that there is none.
@@ -158,11 +177,16 @@ class Learner:
         obs, chunk = self.agent.normalizer.obs(b["obs"]), self.agent.normalizer.action(b["chunk"])    # (B, Do), (B, H, Da)
         plain = not distil or self.cfg.distill.rule == "all"                        # every row counts 1: no value is asked for
         weight = torch.ones(len(obs), device=self.device) if plain else self.weights(b, obs)          # (B,)
+        mask, metrics = b["mask"], {}
+        if distil and self.reanalyze is not None:
+            chunk, mask, planned = self.reanalyze(obs, chunk, mask, b["online"], self.env_steps())
+            weight = torch.where(planned, 1.0, weight)
+            metrics["distill/reanalyzed"] = planned.float().mean()
         t = torch.randint(self.policy.denoising_steps, (len(obs),), generator=self.rng, device=self.device)
         noise = torch.randn(chunk.shape, generator=self.rng, device=self.device)
-        total = self.replicas.share((weight[:, None] * b["mask"]).sum())
-        loss = self.with_precision(self.policy_loss, *map(self.replicas.own, (obs, chunk, weight, b["mask"], t, noise)), total)
-        metrics = {"loss/policy": loss.detach().clone()}
+        total = self.replicas.share((weight[:, None] * mask).sum())
+        loss = self.with_precision(self.policy_loss, *map(self.replicas.own, (obs, chunk, weight, mask, t, noise)), total)
+        metrics["loss/policy"] = loss.detach().clone()
         norm, skipped = self.step(self.policy_opt, loss, metrics, self.guards["policy"], self.policy_updates)
         self.policy_updates += 1
         ema_update(self.agent.policy, self.policy, 1 - self.ema_decay())
@@ -172,6 +196,11 @@ class Learner:
         """A loss with its matrix products in bf16 where resources.learner_precision says so; their gradients follow."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.resources.learner_precision == "bf16"):
             return loss(*args)
+
+    def env_steps(self) -> float:
+        """Environment steps that this many policy updates belong to."""
+        rate = self.cfg.online.updates_per_step * self.cfg.policy.updates_per_update
+        return max(self.policy_updates - self.cfg.pretrain.policy_updates, 0) / rate if rate else 0.0
 
     def ema_decay(self) -> float:
         """Warm-up as in Diffusion Policy: early steps average over fewer updates, so the start point is forgotten."""
@@ -191,7 +220,8 @@ class Learner:
         return {"agent": self.agent, "policy_raw": self.policy, "target_critic": self.target_critic}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"model_opt": self.model_opt, "policy_opt": self.policy_opt}
+        further = {"value_opt": self.value_opt} if self.cfg.critic.updates_per_update > 1 else {}
+        return {"model_opt": self.model_opt, "policy_opt": self.policy_opt} | further
 
 
 def mean_metrics(rows: Iterable[Metrics]) -> dict[str, float]:

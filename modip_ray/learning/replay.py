@@ -26,6 +26,14 @@ def discounted_suffix(rewards: np.ndarray, gamma: float) -> np.ndarray:
     return out
 
 
+def lambda_steps(rng: np.random.Generator, rows: int, n_step: int, td_lambda: float) -> np.ndarray:
+    """How many steps n (rows,) each target sums: n_step, or, with td_lambda < 1, drawn from (1 - lambda) lambda^(n-1), the rest of it at n_step.
+
+    The expected n-step return is then the lambda-return cut at n_step (Sutton and Barto, 12.1), without a value of the states between.
+    """
+    return np.full(rows, n_step) if td_lambda == 1 else np.minimum(rng.geometric(1 - td_lambda, rows), n_step)
+
+
 def zeros(shape: tuple[int, ...]) -> np.ndarray:
     """float32 zeros that take memory as they are written, in large pages where the system has them: rows are read at random places, and with small pages
     each read would look its page up in memory too."""
@@ -124,8 +132,8 @@ class ReplayBuffer:
         drawn = rng.integers(0, self.size, n)
         return drawn if self.size == self.capacity or not first else (first + drawn) % self.capacity
 
-    def sequences(self, start: np.ndarray, horizon: int, n_step: int) -> Batch:
-        """Sequences for the world model and the critic, from start positions (B,).
+    def sequences(self, start: np.ndarray, horizon: int, n_step: int | np.ndarray) -> Batch:
+        """Sequences for the world model and the critic, from start positions (B,); n_step: n of all rows, or (B,).
 
         obs (B, H+1, Do): s_t .. s_{t+H}; action (B, H, Da); reward (B, H); terminated (B, H) bool: step ended the episode;
         mask (B, H): the step exists; value_mask (B, H+1): s_{t+k} starts a stored step; n_step_return (B, H+1) = sum_{j<n} gamma^j r_{t+k+j};
@@ -136,8 +144,9 @@ class ReplayBuffer:
         obs_dim, action_dim = self.arrays["obs"].shape[1], self.arrays["action"].shape[1]
         obs, bootstrap, action = (np.empty((rows, n), np.float32) for n in (k * obs_dim, k * obs_dim, horizon * action_dim))
         reward, mask, value_mask, returns, discount = (np.empty((rows, n), np.float32) for n in (horizon, horizon, k, k, k))
-        terminated, n_step = np.empty((rows, horizon), bool), min(n_step, self.capacity)
-        gather(self.steps, self.whole, start.astype(np.int64, copy=False).view(np.uint64), n_step, self.powers(n_step), self.end_obs, self.end_terminated,
+        terminated, most = np.empty((rows, horizon), bool), min(int(np.max(n_step)), self.capacity)
+        steps = np.minimum(np.broadcast_to(n_step, rows), most).astype(np.uint64)
+        gather(self.steps, self.whole, start.astype(np.int64, copy=False).view(np.uint64), steps, self.powers(most), self.end_obs, self.end_terminated,
                obs, bootstrap, action, reward, terminated, mask, value_mask, returns, discount)
         return {"obs": obs.reshape(rows, k, obs_dim), "action": action.reshape(rows, horizon, action_dim), "reward": reward, "terminated": terminated,
                 "mask": mask, "value_mask": value_mask, "n_step_return": returns, "discount": discount, "bootstrap_obs": bootstrap.reshape(rows, k, obs_dim)}
@@ -222,9 +231,10 @@ class MixedReplay:
         n_online = round(batch * online_share) if self.online.size else 0
         return self.offline.draw(self.rng, batch - n_online), self.online.draw(self.rng, n_online) if n_online else np.zeros(0, np.int64)
 
-    def sequences(self, batch: int, horizon: int, n_step: int, online_share: float) -> Batch:
+    def sequences(self, batch: int, horizon: int, n_step: int, online_share: float, td_lambda: float = 1.0) -> Batch:
         off, on = self.split(batch, online_share)
-        parts = [self.offline.sequences(off, horizon, n_step)] + ([self.online.sequences(on, horizon, n_step)] if len(on) else [])
+        n = lambda_steps(self.rng, batch, n_step, td_lambda)                        # (B,)
+        parts = [self.offline.sequences(off, horizon, n[:len(off)])] + ([self.online.sequences(on, horizon, n[len(off):])] if len(on) else [])
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     def chunks(self, batch: int, horizon: int, n_step: int, online_share: float) -> Batch:

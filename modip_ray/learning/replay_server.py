@@ -110,7 +110,8 @@ class ReplayServer:
         self.replay.rng = np.random.default_rng([cfg.seed, STREAMS.index(stream), update])
         if stream == "model":
             share = self.share(cfg.online.online_share_start, cfg.online.online_share_end) if online else 0.0
-            return self.replay.sequences(cfg.world_model.batch_size, cfg.world_model.horizon, n_step, share)
+            rows = cfg.world_model.batch_size * cfg.critic.updates_per_update
+            return self.replay.sequences(rows, cfg.world_model.horizon, n_step, share, cfg.critic.td_lambda)
         share = self.share(cfg.distill.online_share_start, cfg.distill.online_share_end) if online else 0.0
         return self.replay.chunks(cfg.policy.batch_size, cfg.policy.horizon, cfg.distill.n_step, share)
 

@@ -140,7 +140,11 @@ class Planner:
         return Plan(actions[:, :c], actions[:, c:], gains, self.version)
 
     def trust_region(self) -> tuple[float, float]:
-        """(largest std of Gaussian candidates, how far they may leave the range of the policy's proposals), widening with online data."""
-        g = self.cfg.guard
-        progress = self.env_steps / g.widen_steps if g.widen_steps else 1.0
-        return widened(g.std_max, g.std_max_final, progress), widened(g.trust, g.trust_final, progress)
+        return trust_region(self.cfg, self.env_steps)
+
+
+def trust_region(cfg: Config, env_steps: float) -> tuple[float, float]:
+    """(largest std of Gaussian candidates, how far they may leave the range of the policy's proposals), widening with online data."""
+    g = cfg.guard
+    progress = env_steps / g.widen_steps if g.widen_steps else 1.0
+    return widened(g.std_max, g.std_max_final, progress), widened(g.trust, g.trust_final, progress)

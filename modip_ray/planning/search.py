@@ -40,7 +40,7 @@ class Search:
         self.cfg, self.agent, self.bf16 = cfg, agent, bf16
 
     def __call__(self, s: Tensor, noise: Noise, warm: Tensor, has_warm: Tensor, limits: Tensor) -> Found:
-        """s (B, Do) normalised; warm (B, H, Da) previous plans, valid where has_warm (B,); limits (2,): largest std, trust (see `Planner.trust_region`)."""
+        """s (B, Do) normalised; warm (B, H, Da) previous plans, valid where has_warm (B,); limits (2,): largest std, trust (see `planner.trust_region`)."""
         with self.precision():
             return self.search(s, noise, warm, has_warm, limits)
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -113,6 +114,29 @@ def test_values_converge_to_the_discounted_return():
         with torch.no_grad():
             z = learner.agent.world_model.encode(learner.agent.normalizer.obs(torch.zeros(1, 2)))
             torch.testing.assert_close(learner.agent.critic(z), torch.full((2, 1), value), atol=0.1, rtol=0)
+
+
+def test_further_updates_of_v_bring_it_nearer_and_leave_the_world_model_alone():
+    """The same batches: with four updates of V for each of the model, V is nearer its fixed point, and the model's weights are those of the first part."""
+    found = {}
+    for updates in (1, 4):
+        learner, buffer, rng = make_learner(f"critic.updates_per_update={updates}"), linear_system(1), np.random.default_rng(0)
+        batches = [draw(buffer, rng, 256) for _ in range(40)]
+        for batch in batches:
+            learner.update_model(batch if updates == 4 else {k: v[:64] for k, v in batch.items()})
+        norm, model = learner.agent.normalizer, learner.agent.world_model
+        test = draw(linear_system(2), np.random.default_rng(1), 256, 0, 1000)
+        with torch.no_grad():
+            value = learner.agent.critic(model.encode(norm.obs(torch.from_numpy(test["obs"][:, 0])))).mean(0)
+        assert ("value_opt" in learner.optimizers()) == (updates == 4)
+        found[updates] = float((value - torch.from_numpy(test["n_step_return"][:, 0])).square().mean())
+    assert found[4] < 0.6 * found[1]
+    learner = make_learner("critic.updates_per_update=2")
+    before = {k: v.clone() for k, v in learner.agent.world_model.state_dict().items()}
+    value = copy.deepcopy(learner.agent.critic.state_dict())
+    learner.update_value({k: torch.from_numpy(v) for k, v in draw(linear_system(1), np.random.default_rng(0)).items()})
+    torch.testing.assert_close(dict(learner.agent.world_model.state_dict()), before, rtol=0, atol=0)
+    assert any(not torch.equal(v, value[k]) for k, v in learner.agent.critic.state_dict().items())
 
 
 def test_padding_never_reaches_the_loss():

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment, discounted_suffix
+from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment, discounted_suffix, lambda_steps
 from modip_ray.tasks.episode import Episode
 
 FAST = settings(max_examples=60, deadline=None)
@@ -179,9 +179,9 @@ def test_duplicate_ids_are_stored_once(numbers):
 
 # ---- the compiled gather against plain numpy
 
-def plain_sequences(buffer: ReplayBuffer, start: np.ndarray, horizon: int, n_step: int) -> dict[str, np.ndarray]:
+def plain_sequences(buffer: ReplayBuffer, start: np.ndarray, horizon: int, n_step: int | np.ndarray) -> dict[str, np.ndarray]:
     """`ReplayBuffer.sequences`, array by array."""
-    k = np.arange(horizon + 1)
+    k, n_step = np.arange(horizon + 1), np.broadcast_to(n_step, len(start))[:, None]
     remaining, end = buffer.arrays["remaining"][start, None], buffer.arrays["end"][start]             # (B, 1), (B,)
     step = np.minimum(k, remaining - 1)                                         # (B, H+1) offsets that stay inside the segment
     n = np.minimum(n_step, remaining - step)                                    # (B, H+1) steps really summed
@@ -209,11 +209,30 @@ def test_the_compiled_gather_equals_plain_numpy_bit_for_bit(segments, capacity, 
     buffer = fill(capacity, segments, gamma)
     buffer.arrays["obs"][:] += np.random.default_rng(seed).standard_normal(buffer.arrays["obs"].shape, dtype=np.float32)
     start = np.concatenate([np.arange(buffer.size), buffer.draw(np.random.default_rng(seed), 30)])
-    ours, plain = buffer.sequences(start, horizon, n_step), plain_sequences(buffer, start, horizon, n_step)
-    assert ours.keys() == plain.keys()
-    for key, value in plain.items():
-        assert ours[key].dtype == value.dtype and ours[key].shape == value.shape, key
-        np.testing.assert_array_equal(ours[key], value, err_msg=key)
+    for n in (n_step, np.random.default_rng(seed).integers(1, n_step + 1, len(start))):
+        ours, plain = buffer.sequences(start, horizon, n), plain_sequences(buffer, start, horizon, n)
+        assert ours.keys() == plain.keys()
+        for key, value in plain.items():
+            assert ours[key].dtype == value.dtype and ours[key].shape == value.shape, key
+            np.testing.assert_array_equal(ours[key], value, err_msg=key)
+
+
+def test_targets_of_drawn_lengths_are_lambda_returns():
+    """Their mean against the recursion G_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda G_{t+1}), which ends in V after n steps; V(s) is s here."""
+    rng, gamma, lam, most, draws = np.random.default_rng(0), 0.9, 0.7, 4, 40_000
+    buffer = ReplayBuffer(50, 1, 1, gamma)
+    obs, rewards = rng.standard_normal((11, 1)).astype(np.float32), rng.standard_normal(10).astype(np.float32)
+    buffer.add(Segment(obs, np.zeros((10, 1), np.float32), rewards, False))
+    expected = obs[most, 0]
+    for t in reversed(range(most)):
+        ahead = obs[t + 1, 0]
+        expected = rewards[t] + gamma * (ahead if t == most - 1 else (1 - lam) * ahead + lam * expected)
+    n = lambda_steps(rng, draws, most, lam)
+    assert set(n) == {1, 2, 3, 4} and (lambda_steps(rng, 9, most, 1.0) == most).all() and (lambda_steps(rng, 9, most, 0.0) == 1).all()
+    out = buffer.sequences(np.zeros(draws, np.int64), 0, n)
+    targets = out["n_step_return"][:, 0] + out["discount"][:, 0] * out["bootstrap_obs"][:, 0, 0]
+    assert abs(targets.mean() - expected) < 4 * targets.std() / draws**0.5
+    assert abs(targets[n == most].mean() - expected) > 10 * targets.std() / draws**0.5         # as it would be without lambda
 
 
 # ---- by example

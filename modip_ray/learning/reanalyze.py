@@ -1,0 +1,49 @@
+"""Lazy reanalyze (BMPC, 2503.18871): rows of a policy batch are planned anew with the weights of now, and imitated in place of what was done then.
+
+BMPC plans few rows and writes the result back into the replay; here a share of every batch is planned and nothing is written back, so the replay stays
+what the environments saw. B rows, H horizon of a chunk, Da action size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modip_ray.config import Config
+from modip_ray.model.agent import Agent
+from modip_ray.model.hardware import uses_bf16
+from modip_ray.planning.planner import trust_region
+from modip_ray.planning.search import Noise, Search
+
+
+class Reanalyze:
+    """Plans without a warm start, as far from the policy's proposals as the trust region of that time allows."""
+
+    def __init__(self, cfg: Config, agent: Agent, rng: torch.Generator):
+        self.cfg, self.rng, self.device = cfg, rng, agent.normalizer.obs_mean.device
+        self.search = Search(cfg, agent, uses_bf16(cfg.resources.precision, self.device))
+
+    @torch.no_grad()
+    def __call__(self, obs: Tensor, chunk: Tensor, mask: Tensor, online: Tensor, env_steps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """obs (B, Do) normalised, chunk (B, H, Da), mask (B, H), online (B,) bool -> chunk and mask, with the plan where there is a new one, and where (B,).
+
+        The first distill.reanalyze of the online rows (rows lie at random) are planned; a plan counts where the guard lets it through.
+        """
+        p, planned = self.cfg.planner, torch.zeros_like(online)
+        rows = online.nonzero()[:, 0]
+        rows = rows[:round(self.cfg.distill.reanalyze * len(rows))]
+        if not len(rows):
+            return chunk, mask, planned
+        policy, n = self.search.agent.policy, len(rows)
+        noise = Noise(self.noise(n, p.proposals, policy.horizon, policy.action_dim), self.noise(n, p.iterations, p.gaussian, p.horizon, policy.action_dim))
+        cold = torch.zeros(n, p.horizon, policy.action_dim, device=self.device), torch.zeros(n, dtype=torch.bool, device=self.device)
+        found = self.search(obs[rows], noise, *cold, torch.tensor(trust_region(self.cfg, env_steps), device=self.device))
+        chunk, mask, planned[rows] = chunk.clone(), mask.clone(), found.accepted
+        own = torch.zeros_like(mask[0])
+        own[:p.horizon] = 1                                                         # a plan may be shorter than the policy's chunk
+        chunk[rows, :p.horizon] = torch.where(found.accepted[:, None, None], found.plan, chunk[rows, :p.horizon])
+        mask[rows] = torch.where(found.accepted[:, None], own, mask[rows])
+        return chunk, mask, planned
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.rng, device=self.device)
