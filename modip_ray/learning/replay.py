@@ -144,7 +144,7 @@ class ReplayBuffer:
         obs_dim, action_dim = self.arrays["obs"].shape[1], self.arrays["action"].shape[1]
         obs, bootstrap, action = (np.empty((rows, n), np.float32) for n in (k * obs_dim, k * obs_dim, horizon * action_dim))
         reward, mask, value_mask, returns, discount = (np.empty((rows, n), np.float32) for n in (horizon, horizon, k, k, k))
-        terminated, most = np.empty((rows, horizon), bool), min(int(np.max(n_step)), self.capacity)
+        terminated, most = np.empty((rows, horizon), bool), min(int(np.max(n_step, initial=1)), self.capacity)
         steps = np.minimum(np.broadcast_to(n_step, rows), most).astype(np.uint64)
         gather(self.steps, self.whole, start.astype(np.int64, copy=False).view(np.uint64), steps, self.powers(most), self.end_obs, self.end_terminated,
                obs, bootstrap, action, reward, terminated, mask, value_mask, returns, discount)

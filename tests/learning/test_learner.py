@@ -117,20 +117,20 @@ def test_values_converge_to_the_discounted_return():
 
 
 def test_further_updates_of_v_bring_it_nearer_and_leave_the_world_model_alone():
-    """The same batches: with four updates of V for each of the model, V is nearer its fixed point, and the model's weights are those of the first part."""
+    """The same batches: with 16 updates of V for each of the model, V is much nearer the returns; they touch nothing but V."""
     found = {}
-    for updates in (1, 4):
+    for updates in (1, 16):
         learner, buffer, rng = make_learner(f"critic.updates_per_update={updates}"), linear_system(1), np.random.default_rng(0)
-        batches = [draw(buffer, rng, 256) for _ in range(40)]
-        for batch in batches:
-            learner.update_model(batch if updates == 4 else {k: v[:64] for k, v in batch.items()})
+        for _ in range(15):
+            batch = draw(buffer, rng, 16 * 64)
+            learner.update_model(batch if updates == 16 else {k: v[:64] for k, v in batch.items()})
         norm, model = learner.agent.normalizer, learner.agent.world_model
         test = draw(linear_system(2), np.random.default_rng(1), 256, 0, 1000)
         with torch.no_grad():
             value = learner.agent.critic(model.encode(norm.obs(torch.from_numpy(test["obs"][:, 0])))).mean(0)
-        assert ("value_opt" in learner.optimizers()) == (updates == 4)
+        assert ("value_opt" in learner.optimizers()) == (updates == 16)
         found[updates] = float((value - torch.from_numpy(test["n_step_return"][:, 0])).square().mean())
-    assert found[4] < 0.6 * found[1]
+    assert found[16] < 0.4 * found[1]
     learner = make_learner("critic.updates_per_update=2")
     before = {k: v.clone() for k, v in learner.agent.world_model.state_dict().items()}
     value = copy.deepcopy(learner.agent.critic.state_dict())
