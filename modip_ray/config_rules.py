@@ -99,6 +99,16 @@ def model_rules(cfg: Config) -> None:
         need(p.blocks > 0, "policy.blocks", p.blocks, "must be at least 1 for the unet")
     need(w.latent % w.simnorm_group == 0, "world_model.latent", w.latent, f"must be a multiple of world_model.simnorm_group={w.simnorm_group}")
     need(cfg.learner.explodes > 1, "learner.explodes", cfg.learner.explodes, "must be above 1: a multiple of the usual gradient norm")
+    if cfg.critic.target_reduce == "min_two":
+        need(cfg.critic.target == "policy_q", "critic.target_reduce", "min_two", "is of action values: it needs critic.target: policy_q")
+        need(cfg.critic.members >= 2, "critic.members", cfg.critic.members, "must be at least 2 for critic.target_reduce: min_two")
+    if p.kind == "tdmpc2":
+        asks = f"critic.target: {cfg.critic.target}, planner.tail: {cfg.planner.tail}"
+        need("policy_q" in (cfg.critic.target, cfg.planner.tail), "policy.kind", f"tdmpc2 with {asks}",
+             "but it maximises Q, which is trained where one of them is policy_q (TD-MPC2: both)")
+        need(cfg.distill.rule == "all", "distill.rule", cfg.distill.rule, "must be all for policy.kind: tdmpc2, which imitates nothing")
+        need(cfg.resources.learner_replicas == 1, "resources.learner_replicas", cfg.resources.learner_replicas,
+             "must be 1 for policy.kind: tdmpc2, whose scale of Q is of one process's rows")
     need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
 
 
