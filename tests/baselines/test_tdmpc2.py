@@ -14,6 +14,7 @@ from modip_ray.config import load
 from modip_ray.export import ExportError, export_run
 from modip_ray.learning.checkpoint import newest
 from modip_ray.learning.system import saved_bc
+from modip_ray.learning.updater import load_parts
 from modip_ray.model.critic import td_target
 from modip_ray.planning.planner import Planner
 from modip_ray.policy import load as load_run
@@ -164,6 +165,23 @@ def test_the_policys_update_moves_the_policy_alone():
     assert math.isfinite(float(out["loss/policy"])) and moved and all(k.startswith("policy.net.") for k in moved)
     assert all(p.grad is None for p in (*learner.agent.world_model.parameters(), *learner.agent.critic.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(learner.agent.policy.parameters(), learner.policy.parameters(), strict=True))        # ema 0
+
+
+def test_a_learner_of_its_own_updates_the_policy_from_the_weights_it_is_sent():
+    """As under Ray: the model's learner publishes its part, the policy's loads it; where it does not, it learns from older ones."""
+    one, model, policy, stale = (learner_of("policy.horizon=4", "world_model.lr=1e-2") for _ in range(4))
+    data, rng = linear_system(1), np.random.default_rng(0)
+    batch, chunks = draw(data, rng, n_step=1), {**data.chunks(data.draw(rng, 64), 4, 3, False), "online": np.zeros(64, bool)}
+    for learner in (one, model):
+        for _ in range(3):
+            learner.update_model(batch)
+    load_parts(policy, {"model": model.agent.flat("model")})
+    for learner in (one, policy, stale):
+        learner.rng.manual_seed(1)
+        learner.update_policy(chunks, distil=True)
+        learner.update_policy(chunks, distil=True)
+    np.testing.assert_array_equal(policy.agent.flat("policy"), one.agent.flat("policy"))
+    assert not np.array_equal(stale.agent.flat("policy"), one.agent.flat("policy"))
 
 
 @torch.inference_mode()
