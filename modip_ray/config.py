@@ -48,7 +48,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Policy:
-    kind: Literal["diffusion", "gaussian"]
+    kind: Literal["diffusion", "gaussian", "tdmpc2"]
     network: Literal["mlp", "unet"]
     horizon: int
     n_action_steps: int
@@ -62,6 +62,7 @@ class Policy:
     lr_final: float
     ema: float
     updates_per_update: int
+    entropy: float
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Critic:
     updates_per_update: int
     weight: float
     target: Literal["value", "policy_q"]
+    target_reduce: Literal["mean", "min_two"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Planner:
     weights_every_s: float
     replicas: int
     tail: Literal["value", "policy_q"]
+    first_round: Literal["elites", "wide"]
 
 
 @dataclass(frozen=True)

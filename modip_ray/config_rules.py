@@ -102,6 +102,17 @@ def model_rules(cfg: Config) -> None:
     need(cfg.learner.explodes > 1, "learner.explodes", cfg.learner.explodes, "must be above 1: a multiple of the usual gradient norm")
     need(cfg.critic.updates_per_update == 1 or cfg.critic.target == "value", "critic.updates_per_update", cfg.critic.updates_per_update,
          "must be 1 where critic.target is policy_q: only V is updated more often")
+    if cfg.critic.target_reduce == "min_two":
+        need(cfg.critic.target == "policy_q", "critic.target_reduce", "min_two", "is of action values: it needs critic.target: policy_q")
+        need(cfg.critic.members >= 2, "critic.members", cfg.critic.members, "must be at least 2 for critic.target_reduce: min_two")
+    if p.kind == "tdmpc2":
+        asks = f"critic.target: {cfg.critic.target}, planner.tail: {cfg.planner.tail}"
+        need("policy_q" in (cfg.critic.target, cfg.planner.tail), "policy.kind", f"tdmpc2 with {asks}",
+             "but it maximises Q, which is trained where one of them is policy_q (TD-MPC2: both)")
+        need(cfg.distill.rule == "all", "distill.rule", cfg.distill.rule, "must be all for policy.kind: tdmpc2, which imitates nothing")
+        need(cfg.distill.reanalyze == 0, "distill.reanalyze", cfg.distill.reanalyze, "must be 0 for policy.kind: tdmpc2, which imitates nothing")
+        need(cfg.resources.learner_replicas == 1, "resources.learner_replicas", cfg.resources.learner_replicas,
+             "must be 1 for policy.kind: tdmpc2, whose scale of Q is of one process's rows")
     need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.learning.offline_data import stored_source
 from modip_ray.model.agent import Normalizer
@@ -72,13 +73,17 @@ def export_run(run: Path, to: Format, out: Path | None = None, mode: PolicyMode 
 
     mode  : "policy", or "bc", as it was before fine-tuning
     steps : of denoising, which the file has unrolled; default: the run's policy.sampling_steps
-    Raises ExportError where the file differs by more than TOLERANCE (it stays, to be looked at) or a package is missing; the run's own errors.
+    Raises ExportError where the file differs by more than TOLERANCE (it stays, to be looked at), a package is missing, or the policy is one of
+    latents; the run's own errors.
     """
     need_packages(to)
     saved = agent_of_run(run, {"policy.sampling_steps": steps} if steps is not None else {})
-    observations = data_observations(run, saved.cfg)
     saved.act_as(mode)
     agent = saved.agent.frozen_copy().cpu()
+    if isinstance(agent.policy, LatentPolicy):
+        raise ExportError(f"{run}: its policy (policy.kind: {saved.cfg.policy.kind}) takes the world model's latents, and a file holds policies of "
+                          "observations only; act with it by 'modip serve' or modip_ray.load")
+    observations = data_observations(run, saved.cfg)
     policy = RawPolicy(agent.normalizer, agent.policy, saved.cfg.policy.sampling_steps).eval()
     metadata = describe(run, saved, mode, policy, observations)
     path = out or run / "export" / f"{saved.cfg.task.name}-{mode}{SUFFIXES[to]}"

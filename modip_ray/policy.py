@@ -42,7 +42,7 @@ class SavedAgent:
     def act_as(self, mode: EvalMode) -> None:
         """Load the weights that a mode acts with. CheckpointError where there is no BC policy yet."""
         if mode == "bc":
-            self.agent.load_flat(self.need_bc(), "policy")
+            self.agent.load_flat(self.need_bc(), self.agent.acting_part)
 
     def need_bc(self) -> np.ndarray:
         if self.bc is None:

@@ -62,7 +62,7 @@ def adopt(setup: Setup, checkpoints: Path) -> Checkpoint:
     from modip_ray.learning.updater import learner_state, load_learner
     cfg, run = setup.cfg, Path(str(setup.cfg.pretrain.start))
     source, differing = start_checkpoint(run), offline_differences(saved_config(run), cfg)
-    wrong = [k for k in differing if belongs(k, POLICY)]
+    wrong = differing if cfg.policy.kind == "tdmpc2" else [k for k in differing if belongs(k, POLICY)]         # a policy of latents goes with their encoder
     if wrong:
         raise ConfigError(f"pretrain.start: the policy of {run} was trained with other settings of {', '.join(wrong[:3])}; leave them as they were there, "
                           "or pre-train this run by itself (pretrain.start=null)")

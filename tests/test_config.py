@@ -67,6 +67,11 @@ def test_a_wrong_type_names_field_value_and_type(override, parts):
     (["planner.proposal_steps=0"], ["planner.proposal_steps", "got 0"]),
     (["planner.proposals=4", "planner.gaussian=0", "planner.elites=6"], ["planner.elites", "candidates"]),
     (["world_model.latent=100", "world_model.simnorm_group=8"], ["world_model.latent", "multiple"]),
+    (["policy.kind=tdmpc2"], ["policy.kind", "maximises Q", "critic.target: value, planner.tail: value", "policy_q"]),
+    (["policy.kind=tdmpc2", "planner.tail=policy_q", "distill.rule=realised"], ["distill.rule", "realised", "imitates nothing"]),
+    (["policy.kind=tdmpc2", "planner.tail=policy_q", "resources.learner_replicas=2"], ["resources.learner_replicas", "got 2", "policy.kind: tdmpc2"]),
+    (["critic.target_reduce=min_two"], ["critic.target_reduce", "critic.target: policy_q"]),
+    (["critic.target_reduce=min_two", "critic.target=policy_q", "critic.members=1"], ["critic.members", "at least 2"]),
     (["planner.std_min=0.5", "guard.std_max=0.1"], ["guard.std_max", "planner.std_min=0.5"]),
 ])
 def test_a_bad_range_or_relation_is_refused(overrides, parts):

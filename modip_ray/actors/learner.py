@@ -103,8 +103,8 @@ class LearnerActor:
         return self.updater.take_metrics()
 
     def exchange(self) -> None:
-        """Publish the own part; take over what the own updates ask of the other learner: the policy's imitation rule asks world model and critics,
-        targets that ask the policy (critic.target) the policy.
+        """Publish the own part; take over what the own updates ask of the other learner: the policy's imitation rule, or its objective
+        (baselines/tdmpc2.py), asks world model and critics, targets that ask the policy (critic.target) the policy.
         """
         with self.timer("publish"):
             self.publish()
@@ -141,6 +141,13 @@ class LearnerActor:
 
     def weights(self) -> np.ndarray:
         return self.learner.agent.flat(self.stream)
+
+    def acting(self) -> np.ndarray:
+        """The policy as it acts now, with all that it needs for that (`Agent.acting_part`)."""
+        part = self.learner.agent.acting_part
+        if part is None:
+            self.pull()                                                             # the newest of what the other learner trains
+        return self.learner.agent.flat(part)
 
     def state(self) -> dict[str, np.ndarray]:
         return learner_state(self.learner, [self.stream])[self.stream] | {"shard_updates": np.array(self.batches.used)}

@@ -198,7 +198,7 @@ class RaySystem:
 
     def freeze_bc(self) -> None:
         self.settle()
-        self.bc = self.call([self.learners["policy"].weights.remote()], "the policy learner")[0].copy()
+        self.bc = self.call([self.learners["policy"].acting.remote()], "the policy learner")[0].copy()
         self.restore_weights()
         self.call([self.restoring], "the weight store")
 

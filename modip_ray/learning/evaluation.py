@@ -54,7 +54,7 @@ def jobs_for(mode: EvalMode, episodes: int, seed: int) -> list[Job]:
 
 
 def run_job(cfg: Config, agent: Agent, env_factory: EnvFactory, job: Job, env_steps: int, bc: np.ndarray | None, timer: Timer | None = None) -> Outcome:
-    """Episodes of a job. `agent` holds the current weights, `bc` the frozen policy part (for mode bc); env_steps sets the trust region's width.
+    """Episodes of a job. `agent` holds the current weights, `bc` its frozen `acting_part` (for mode bc); env_steps sets the trust region's width.
 
     The planner's noise depends on the job's seeds alone: the same weights and the same job give the same returns, wherever it runs.
     """
@@ -64,7 +64,7 @@ def run_job(cfg: Config, agent: Agent, env_factory: EnvFactory, job: Job, env_st
     if job.mode == "bc":
         if bc is None:
             raise ValueError("mode 'bc' needs the frozen policy, which exists once the offline phase is over")
-        planner.agent.load_flat(bc, "policy")
+        planner.agent.load_flat(bc, planner.agent.acting_part)
     mode = "mpc" if job.mode == "mpc" else "policy"
     probe = PlanProbe(planner, seed) if mode == "mpc" else None
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.learning.distill import imitation_weights
 from modip_ray.learning.guard import UpdateGuard
@@ -41,7 +43,8 @@ def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[st
 class Learner:
     """Owns the agent's trainable weights, the raw (not averaged) policy, the target critic and the optimisers.
 
-    The world model with the critic, and the policy, share no gradient: `update_model` and `update_policy` may run in either order.
+    The world model with the critic, and the policy, share no gradient: `update_model` and `update_policy` may run in either order. A policy that
+    maximises Q (baselines/tdmpc2.py) reads world model and critic as they are.
     `replicas`: the processes that make these updates together, each from the same weights and with the same whole batches.
     """
 
@@ -56,6 +59,8 @@ class Learner:
         self.value_guard = UpdateGuard(cfg.learner.explodes, self.device)           # where V is bad, the next world-model update says so
         self.reanalyze = Reanalyze(cfg, agent, self.rng) if cfg.distill.reanalyze else None
         self.model_loss, self.policy_loss = self.world_model_and_value_loss, self.policy.loss
+        if isinstance(self.policy, LatentPolicy):
+            self.policy_loss = partial(self.policy.loss, agent.world_model, agent.critic)
         if uses_compile(cfg) and cfg.resources.learner_precision == "fp32":         # torch 2.13 generates invalid code for bf16 backward passes
             self.model_loss, self.policy_loss = compiled(self.model_loss, "the learner"), compiled(self.policy_loss, "the policy learner")
         w = cfg.world_model
@@ -127,7 +132,8 @@ class Learner:
             ahead = model.encode(torch.cat([obs[:, 1:], norm.obs(b["bootstrap_obs"])], 1))            # (B, H + H+1, Dz)
             z_true, z_boot = ahead.split([horizon, horizon + 1], 1)                 # consistency targets; where the values' targets bootstrap
             next_value = self.target_critic(z_boot) if cfg.critic.target == "value" else self.target_critic.action_value(z_boot, b["policy_action"])
-            y = td_target(b["n_step_return"], b["discount"], next_value.mean(0))    # (B, H+1)
+            next_value = next_value[b["heads"]].amin(0) if "heads" in b else next_value.mean(0)       # (B, H+1)
+            y = td_target(b["n_step_return"], b["discount"], next_value)
         latents, rewards, terminations = model.rollout(model.encode(obs[:, 0]), actions)
         rho = cfg.world_model.rho ** torch.arange(horizon + 1, device=self.device)  # (H+1,)
         mask, rho_mask, value_mask = b["mask"], b["mask"] * rho[:-1], b["value_mask"] * rho                # (B, H), (B, H), (B, H+1)
@@ -156,9 +162,11 @@ class Learner:
         if self.cfg.critic.target == "policy_q":
             obs = norm.obs(b["bootstrap_obs"])                                      # (B, H+1, Do)
             start = noise(obs.shape[1], 1, policy.horizon, policy.action_dim)       # (B, H+1, 1, chunk, Da)
-            chunks = policy.sample(obs.flatten(0, 1), start.flatten(0, 1), self.cfg.policy.sampling_steps)
-            found["policy_action"] = chunks[:, 0, 0].view(*obs.shape[:-1], -1)      # (B, H+1, Da)
-        if self.cfg.planner.tail == "policy_q":
+            actions = self.agent.first_action(obs.flatten(0, 1), start.flatten(0, 1), self.cfg.policy.sampling_steps)
+            found["policy_action"] = actions.view(*obs.shape[:-1], -1)              # (B, H+1, Da)
+        if self.cfg.critic.target_reduce == "min_two":
+            found["heads"] = torch.randperm(self.cfg.critic.members, generator=self.rng, device=self.device)[:2]
+        if self.agent.critic.policy is not None:
             found["noise"] = noise(*b["action"].shape[1:])
             found["t"] = self.replicas.own(torch.randint(policy.denoising_steps, (rows,), generator=self.rng, device=self.device))
         return found
@@ -167,7 +175,7 @@ class Learner:
         """Of Q on the actions that were taken, z (B, H, Dz), targets y (B, H); and of the latent's policy, where the planner asks one."""
         critic, w = self.agent.critic, self.cfg.critic.weight
         loss = w * (critic.action_loss(z, actions, y).mean(0) * mask).sum() / total
-        if self.cfg.planner.tail == "policy_q":
+        if critic.policy is not None:
             loss = loss + critic.policy.loss(z[:, 0].detach(), actions, torch.ones_like(mask[:, 0]), b["mask"], b["t"], b["noise"], self.total(b["all_mask"]))
         return loss
 

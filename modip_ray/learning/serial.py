@@ -131,7 +131,7 @@ class SerialSystem:
         return Planned(p.actions, p.plans, p.gains, p.version)
 
     def freeze_bc(self) -> None:
-        self.bc = self.learner.agent.flat("policy")
+        self.bc = self.learner.agent.flat(self.learner.agent.acting_part)
 
     def save(self, folder: Path) -> Counts:
         for stream, part in learner_state(self.learner).items():

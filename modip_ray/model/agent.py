@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.model.critic import ValueEnsemble
 from modip_ray.model.gaussian import make_policy
@@ -67,10 +68,36 @@ class Agent(nn.Module):
         self.obs_dim, self.action_dim = obs_dim, action_dim
         w, c = cfg.world_model, cfg.critic
         self.normalizer = Normalizer(obs_dim, action_dim)
-        self.policy = make_policy(cfg, obs_dim, action_dim, cfg.policy.horizon)     # the EMA weights
+        latent = cfg.policy.kind == "tdmpc2"
+        self.policy = LatentPolicy(cfg, action_dim) if latent else make_policy(cfg, obs_dim, action_dim, cfg.policy.horizon)      # the EMA weights
         self.world_model = WorldModel(obs_dim, action_dim, w.latent, w.width, w.simnorm_group)
         self.critic = PolicyCritic(cfg, action_dim) if asks_policy(cfg) else ValueEnsemble(w.latent, c.width, c.members, c.head, c.bins, c.bound,
                                                                                            c.expectile)
+
+    @property
+    def acting_part(self) -> Part | None:
+        """What must be kept of an agent so that its policy acts as it does now: all of it where the policy takes latents."""
+        return None if isinstance(self.policy, LatentPolicy) else "policy"
+
+    def propose(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """Chunks that the policy draws: obs (B, Do) normalised, standard normal noise (B, n, H, Da) -> (B, n, H, Da) in -1..1."""
+        if isinstance(self.policy, LatentPolicy):
+            return self.policy.unroll(self.world_model, self.world_model.encode(obs), noise)
+        return self.policy.sample(obs, noise, steps)
+
+    def first_action(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """(B, Da), the beginning of one chunk a row, from noise (B, 1, H, Da)."""
+        return self.propose(obs, noise[:, :, :1] if isinstance(self.policy, LatentPolicy) else noise, steps)[:, 0, 0]
+
+    def act(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """What is executed where the policy acts alone: a chunk a row (B, H, Da), from noise (B, H, Da); a Gaussian's means."""
+        if isinstance(self.policy, LatentPolicy):
+            return self.propose(obs, torch.zeros_like(noise)[:, None], steps)[:, 0]
+        return self.policy.act(obs, noise, steps)
+
+    def tail_value(self, z: Tensor) -> Tensor:
+        """Q(z, pi(z)), (R, Dz) -> (E, R). pi is the acting policy where that takes latents, else the critic's own policy of the latent."""
+        return self.critic.action_value(z, self.policy.mean(z)) if isinstance(self.policy, LatentPolicy) else self.critic.policy_value(z)
 
     def part(self, name: Part | None = None) -> dict[str, Tensor]:
         """Parameters and buffers, by name and shared with the agent: of everything, of the policy, or of world model and critic ("model")."""

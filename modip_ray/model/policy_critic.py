@@ -3,7 +3,7 @@
 critic.target: policy_q    targets bootstrap from Q_target(z', a'), a' an action that the acting diffusion policy draws for the observation behind z'
 planner.tail: policy_q     a plan ends in Q(z_H, pi(z_H)). No observation belongs to a latent that was only imagined, so pi is a second diffusion
                            policy, conditioned on the latent and trained on the same rows with the same loss; it starts from no noise, so that a
-                           score depends on the candidate alone
+                           score depends on the candidate alone. None where the acting policy takes latents itself (policy.kind: tdmpc2)
 V is trained on the same targets, whichever they are: it is what the other setting, the distillation rules and the diagnostics ask.
 """
 
@@ -30,7 +30,8 @@ class PolicyCritic(ValueEnsemble):
         super().__init__(w.latent, c.width, c.members, c.head, c.bins, c.bound, c.expectile)
         self.q = EnsembleMLP(c.members, [w.latent + action_dim, c.width, c.width, self.outputs])
         self.sampling_steps = cfg.policy.sampling_steps
-        self.policy = make_policy(cfg, w.latent, action_dim, w.horizon) if cfg.planner.tail == "policy_q" else None
+        own = cfg.planner.tail == "policy_q" and cfg.policy.kind != "tdmpc2"
+        self.policy = make_policy(cfg, w.latent, action_dim, w.horizon) if own else None
 
     def action_value(self, z: Tensor, action: Tensor) -> Tensor:
         """z (..., Dz), action (..., Da) -> (E, ...) in return units."""

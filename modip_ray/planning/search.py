@@ -50,14 +50,14 @@ class Search:
     def search(self, s: Tensor, noise: Noise, warm: Tensor, has_warm: Tensor, limits: Tensor) -> Found:
         p, g = self.cfg.planner, self.cfg.guard
         std_max, trust = limits.unbind()
-        proposals = self.agent.policy.sample(s, noise.start, p.proposal_steps)[:, :, : p.horizon]      # (B, P, H, Da)
+        proposals = self.agent.propose(s, noise.start, p.proposal_steps)[:, :, : p.horizon]      # (B, P, H, Da)
         z = self.agent.world_model.encode(s)                                        # (B, Dz)
         members = self.returns(z, proposals)                                        # (E, B, P)
         reference = members.mean(-1)                                                # (E, B) what the policy would get, by each member
         low, high = (proposals.amin(1) - trust).clamp(min=-1), (proposals.amax(1) + trust).clamp(max=1)       # (B, H, Da)
         result = mppi(lambda a: self.guarded_gain(self.returns(z, a), reference), proposals, self.guarded_gain(members, reference),
                       warm, has_warm, noise.gaussian, low=low, high=high, n_elites=p.elites, temperature=p.temperature,
-                      std_min=p.std_min, std_max=std_max)
+                      std_min=p.std_min, std_max=std_max, wide=p.first_round == "wide")
         gain = self.guarded_gain(self.returns(z, result.mean[:, None]), reference)[:, 0]               # (B,)
         gain = torch.where(gain.isfinite(), gain, torch.nan)                        # nothing that can be called a plan, as gains in replay have it
         accepted = gain > g.min_gain                                                # the guard: else act as the policy would
@@ -78,8 +78,7 @@ class Search:
             z, reward, termination = model.advance(model.z_in(z) if k else hidden, a)
             total = total + weight * reward * model.reward_scale
             weight = weight * gamma * (1 - model.terminates * termination.sigmoid())
-        critic = self.agent.critic
-        return total + weight * (critic.policy_value(z) if self.cfg.planner.tail == "policy_q" else critic(z))
+        return total + weight * (self.agent.tail_value(z) if self.cfg.planner.tail == "policy_q" else self.agent.critic(z))
 
     def guarded_gain(self, members: Tensor, reference: Tensor) -> Tensor:
         """How much better than the policy's own proposals, less the ensemble's disagreement about *that difference*.

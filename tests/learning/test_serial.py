@@ -10,9 +10,10 @@ from modip_ray.learning.serial import SerialSystem
 from modip_ray.learning.system import Setup, Status
 from modip_ray.learning.updater import learner_state
 from modip_ray.tasks.collect import collect
+from tests.baselines.test_tdmpc2 import TDMPC2
 from tests.fakes import PointEnv, small
 
-ENVS = {"point": {}, "cheetah": {"task.env": "HalfCheetah-v4", "task.max_episode_steps": 40}}
+ENVS = {"point": {}, "cheetah": {"task.env": "HalfCheetah-v4", "task.max_episode_steps": 40}, "point_tdmpc2": TDMPC2}
 
 
 class Uniform:

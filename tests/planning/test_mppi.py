@@ -89,6 +89,26 @@ def test_a_warm_start_helps_and_only_where_it_is_valid():
     torch.testing.assert_close(result.mean[1], cold.mean[1])
 
 
+def test_a_wide_first_round_is_drawn_around_the_last_plan_or_nil_with_the_largest_std():
+    proposals, warm = torch.full((2, 8, 3, 2), 0.9), torch.full((2, 3, 2), -0.4)
+    noise, seen = torch.randn(2, 2, 64, 3, 2, generator=torch.Generator().manual_seed(0)), []
+
+    def score(actions):
+        seen.append(actions)
+        return quadratic(actions)
+
+    def search(wide):
+        seen.clear()
+        return mppi(score, proposals, quadratic(proposals), warm, torch.tensor([True, False]), noise, low=-torch.ones(2, 3, 2), high=torch.ones(2, 3, 2),
+                    n_elites=8, temperature=1.0, std_min=0.01, std_max=torch.tensor(0.5), wide=wide)
+    found = search(True)
+    start = torch.stack([warm[0], torch.zeros(3, 2)])[:, None]
+    torch.testing.assert_close(seen[0], start)                      # and it is a candidate itself
+    torch.testing.assert_close(seen[1], (start + 0.5 * noise[:, 0]).clamp(-1, 1))
+    assert not torch.allclose(seen[2], (start + 0.5 * noise[:, 1]).clamp(-1, 1), atol=0.05)           # the second round is around the elites
+    assert (error(found)[1] < error(search(False))[1] - 0.1).all()  # equal proposals, far away, have no spread to search with
+
+
 def test_without_gaussians_it_chooses_among_the_proposals():
     proposals = torch.stack([torch.zeros(3, 2), TARGET, -TARGET])[None]
     result = run(proposals, n_gaussian=0, n_elites=1)
