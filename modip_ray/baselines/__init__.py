@@ -1,0 +1,1 @@
+"""Rival methods, one file each, on the same parts: the same start, environments, evaluation and run folder."""
