@@ -164,7 +164,8 @@ def evaluate(session: Session, system: System, env_id: str) -> dict:
         session.progress.finish()
     found = scores_of(cfg, report.outcomes)
     scores: dict[str, dict] = {"data": session.data_score, **{mode: found[mode] for mode in modes_of(cfg)}}
-    return {"task": cfg.task.name, "method": cfg.method, "env_id": env_id, "run_dir": cfg.run_dir or str(session.folder.path), "command": command_line(), "scores": scores,
+    return {"task": cfg.task.name, "method": cfg.method, "env_id": env_id, "run_dir": cfg.run_dir or str(session.folder.path),
+            "command": command_line(), "scores": scores,
             "env_steps": report.env_steps,
             "updates": report.updates, "wall_s": round(session.log.wall_s, 2), "phase_s": session.seconds_by_phase(), "versions": versions(),
             "git": git_commit(), "machine": machine(), "config_hash": cfg.hash()}

@@ -266,7 +266,7 @@ class DPPOSystem:
         chain = self.policy.chain(obs, self.rng)                                    # (N, F+1, C)
         chunk = chain[:, -1].view(len(obs), self.policy.horizon, -1)[:, :self.cfg.policy.n_action_steps]           # (N, c, Da)
         if not bool(chunk.isfinite().all()):
-            raise FloatingPointError("dppo: the policy's actions are not finite; training has diverged, lower dppo.actor_lr and resume from an earlier checkpoint")
+            raise FloatingPointError("dppo: the policy's actions are not finite; lower dppo.actor_lr and resume from an earlier checkpoint")
         result = self.group.step(self.agent.normalizer.raw_action(chunk).cpu().numpy())
         now = {"obs": obs, "chain": chain, "next_obs": self.normalized(last_observations(self.obs, result)), "first": self.tensor(self.first),
                "reward": self.tensor([float(x.rewards.sum()) for x in result.transitions]), "terminated": self.tensor(result.terminated),

@@ -28,7 +28,7 @@ class Actions(NamedTuple):
 
 
 class Engine:
-    """mode: what a query without one gets. A server of "bc" has but that; others answer "policy" and, where there is a planner, "mpc", with the same weights."""
+    """mode: what a query without one gets. A server of "bc" has but that; others answer "policy" and (method modip) "mpc", with the same weights."""
 
     def __init__(self, run: Path, mode: EvalMode, overrides: Mapping[str, Any] = MappingProxyType({}), seed: int = 0):
         self.run, self.mode, self.overrides = run, mode, dict(overrides)
