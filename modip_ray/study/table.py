@@ -116,7 +116,8 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]]) -> list[str]
         share = "" if diff["share"] is None else f", {100 * diff['share']:+.1f} %"
         cells = [name, score_cell(r["bc"]), score_cell(r["policy"], r["bc"]), score_cell(r.get("mpc"), r["bc"]),
                  f"{number(diff['mean'])} [{interval(diff['ci95'])}]{share}",
-                 " / ".join(number(r[mode]["normalized"] if mode in r else None) for mode in MODES), f"{r['env_steps']:,}", f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
+                 " / ".join(number(r[mode]["normalized"] if mode in r else None) for mode in MODES), f"{r['env_steps']:,}",
+                 f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
         lines.append("| " + " | ".join(cells) + " |")
     paper = published_for(task)
     if paper is not None:
