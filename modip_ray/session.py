@@ -24,8 +24,8 @@ from modip_ray.runfolder import RunError, RunFolder, command_line, rss_mb
 from modip_ray.tasks.scores import score_summary
 
 
-class Stopped(Exception):
-    """The user asked to stop; everything that can be saved is."""
+class Stopped(BaseException):
+    """The user asked to stop; everything that can be saved is. As KeyboardInterrupt, it is no failure of what it comes out of, an environment's step say."""
 
 
 class StopSignals:

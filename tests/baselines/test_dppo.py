@@ -264,14 +264,15 @@ def test_eval_report_and_acting_work_and_the_planner_is_refused(study):
     assert "DP-only" in Path(write_report([run, folder_of(study, "modip")])).read_text()
 
 
-def test_stopped_in_the_middle_of_a_rollout_it_goes_on_as_if_nothing_had_been(study, tmp_path):
-    """SIGTERM in an environment's step, then the same command: the scores of the run that was not stopped, bit for bit."""
+@pytest.mark.parametrize("step", [230, 300])
+def test_stopped_at_any_moment_it_goes_on_as_if_nothing_had_been(study, tmp_path, step):
+    """SIGTERM in an environment's step, of an evaluation and of a rollout; then the same command: the scores of the run that was not stopped, bit for bit."""
     class Stopping(PointEnv):
         steps = 0
 
         def step(self, action):
             Stopping.steps += 1
-            if Stopping.steps == 230:                                               # the second rollout; evaluations have had 2 * 30
+            if Stopping.steps == step:                                              # 60 of an evaluation, 156 of rollouts, 60, 144
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().step(action)
     cell = study.cells()[2]
@@ -279,7 +280,7 @@ def test_stopped_in_the_middle_of_a_rollout_it_goes_on_as_if_nothing_had_been(st
     with pytest.raises(Stopped):
         train(cfg, env_factory=Stopping)
     counters = newest(tmp_path / "run" / "checkpoints").counters
-    assert counters["phase"] == "online" and 144 < counters["env_steps"] < 288
+    assert counters["phase"] == "online" and 156 <= counters["env_steps"] <= (156 if step == 230 else 300)
     resumed, plain = train(cfg), json.loads((cell.folder / "summary.json").read_text())
     assert resumed["updates"] == plain["updates"] and resumed["env_steps"] == plain["env_steps"]
     assert resumed["scores"]["policy"]["values"] == plain["scores"]["policy"]["values"]
