@@ -23,6 +23,8 @@ from modip_ray.learning.system import Setup
 from modip_ray.model.diffusion import DiffusionPolicy
 from modip_ray.report.metrics import read_metrics
 from modip_ray.report.page import write_report
+from modip_ray.report.rundata import load_run
+from modip_ray.report.status import progress_of
 from modip_ray.run import train
 from modip_ray.saved_run import compare_run, evaluate_run
 from modip_ray.session import Stopped
@@ -257,6 +259,7 @@ def test_eval_report_and_acting_work_and_the_planner_is_refused(study):
     for mode in ("bc", "policy"):
         assert again["scores"][mode]["values"] == summary["scores"][mode]["values"]
     assert again["scores"]["bc"]["values"] != again["scores"]["policy"]["values"]
+    assert progress_of(load_run(run), "evaluate", False).total == 2 * 4              # episodes of two modes
     assert modip_ray.load(run).act(np.zeros(4, np.float32)).shape == (2,)
     for refused in (lambda: evaluate_run(run, "mpc"), lambda: modip_ray.load(run, "mpc")):
         with pytest.raises(ConfigError, match="method dppo has no planner"):
