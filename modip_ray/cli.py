@@ -173,13 +173,14 @@ def run_report(args: argparse.Namespace) -> int:
 
 def make_video(run: Path, write_page: bool = True) -> None:
     """report/video.mp4 of a run; where nothing can be rendered, says why and goes on."""
+    from modip_ray.learning.evaluation import modes_of
     from modip_ray.policy import load
     from modip_ray.report.page import write_report
     from modip_ray.report.video import side_by_side
     from modip_ray.runfolder import saved_config
     from modip_ray.saved_run import rendering_env
     cfg = saved_config(run)
-    pairs = [("BC", load(run, "bc").chunks), ("MODIP", load(run, "mpc").chunks)]
+    pairs = [("BC", load(run, "bc").chunks), (cfg.method.upper(), load(run, modes_of(cfg)[-1]).chunks)]
     try:
         info = side_by_side(pairs, rendering_env(cfg), cfg.eval.seed, cfg.task.max_episode_steps, run / "report" / "video.mp4")
     except (RuntimeError, ValueError) as error:

@@ -173,6 +173,27 @@ class Online:
 
 
 @dataclass(frozen=True)
+class DPPO:
+    denoising_steps: int
+    num_envs: int
+    n_steps: int
+    epochs: int
+    minibatches: int
+    critic_warmup: int
+    actor_lr: float
+    critic_lr: float
+    critic_width: int
+    gamma: float
+    gae_lambda: float
+    denoising_gamma: float
+    clip: float
+    clip_base: float
+    clip_rate: float
+    min_std: float
+    target_kl: float
+
+
+@dataclass(frozen=True)
 class WorkerRange:
     min: int
     max: int
@@ -259,6 +280,7 @@ class Config:
     run_dir: str | None
     seed: int
     serial: bool
+    method: Literal["modip", "dppo"]
     data: Data
     policy: Policy
     world_model: WorldModel
@@ -269,11 +291,17 @@ class Config:
     learner: Learner
     pretrain: Pretrain
     online: Online
+    dppo: DPPO
     rollout: Rollout
     replay: Replay
     eval: Eval
     resources: Resources
     log: Log
+
+    @property
+    def one_process(self) -> bool:
+        """No Ray: asked for, or a rival method."""
+        return self.serial or self.method != "modip"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -282,8 +310,9 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def hash(self) -> str:
-        """Identity of the settings that decide results (not where they run or are written)."""
-        kept = {k: v for k, v in self.to_dict().items() if k not in ("run_dir", "resources", "log", "serial")}
+        """Identity of the settings that decide results (not where they run or are written, nor those of a method that is not used)."""
+        rivals = ("method", "dppo") if self.method == "modip" else ()
+        kept = {k: v for k, v in self.to_dict().items() if k not in ("run_dir", "resources", "log", "serial", *rivals)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     def replace(self, dotted: dict[str, Any]) -> Config:

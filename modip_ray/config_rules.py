@@ -23,23 +23,26 @@ POSITIVE = """
     resources.silent_s resources.restart_s resources.snapshot_s resources.learner_replicas
     log.every_s log.keep_checkpoints log.grace_s distill.beta distill.n_step
     learner.max_bad_updates learner.snapshot_every learner.max_roll_backs
+    dppo.denoising_steps dppo.num_envs dppo.n_steps dppo.epochs dppo.minibatches dppo.actor_lr dppo.critic_lr dppo.critic_width dppo.clip dppo.clip_rate
+    dppo.min_std dppo.target_kl
 """.split()
 
 FRACTIONS = """
     critic.gamma critic.tau critic.expectile critic.td_lambda policy.ema world_model.rho online.online_share_start online.online_share_end
-    distill.reanalyze distill.online_share_start distill.online_share_end
+    distill.reanalyze distill.online_share_start distill.online_share_end dppo.gamma dppo.gae_lambda dppo.denoising_gamma
 """.split()
 
 #: Sizes that no machine has room or time for, and step sizes at which nothing is learned: slips of the hand.
 MOST = {
-    **dict.fromkeys("policy.width world_model.width world_model.latent critic.width critic.bins planner.max_rows".split(), 2**16),
-    **dict.fromkeys("planner.proposals planner.gaussian rollout.envs_per_worker policy.denoising_steps".split(), 10_000),
+    **dict.fromkeys("policy.width world_model.width world_model.latent critic.width critic.bins planner.max_rows dppo.critic_width".split(), 2**16),
+    **dict.fromkeys("planner.proposals planner.gaussian rollout.envs_per_worker policy.denoising_steps dppo.num_envs dppo.epochs".split(), 10_000),
     **dict.fromkeys("policy.blocks policy.horizon world_model.horizon critic.members planner.iterations planner.replicas replay.prefetch".split(), 1000),
     "critic.updates_per_update": 1000,
     **dict.fromkeys("policy.batch_size world_model.batch_size eval.bootstrap eval.episodes eval.every_episodes rollout.segment_length".split(), 10**6),
     **dict.fromkeys("policy.lr policy.lr_final world_model.lr world_model.lr_final world_model.encoder_lr_scale online.lr_scale".split(), 100.0),
     **dict.fromkeys("critic.n_step critic.pretrain_n_step distill.n_step replay.shards resources.torch_threads".split(), 10_000),
-    "eval.seed": 2**31, "replay.capacity": 10**10,
+    **dict.fromkeys("dppo.actor_lr dppo.critic_lr dppo.clip_rate".split(), 100.0),
+    "dppo.n_steps": 10**6, "eval.seed": 2**31, "replay.capacity": 10**10,
 }
 
 ROLES = ("planner", "learner", "replay", "store", "rollout", "evaluator")
@@ -66,6 +69,8 @@ def validate(cfg: Config) -> None:
     model_rules(cfg)
     planner_rules(cfg)
     scale_rules(cfg)
+    if cfg.method == "dppo":
+        dppo_rules(cfg)
 
 
 def scale_rules(cfg: Config) -> None:
@@ -126,6 +131,21 @@ def planner_rules(cfg: Config) -> None:
     for name in ("std_max", "std_max_final"):
         value = getattr(cfg.guard, name)
         need(value >= p.std_min, f"guard.{name}", value, f"must be at least planner.std_min={p.std_min}")
+
+
+def dppo_rules(cfg: Config) -> None:
+    own, policy = cfg.dppo, cfg.policy
+    need(cfg.pretrain.start is not None, "pretrain.start", None, "must name a run whose pre-training is done: method dppo fine-tunes the BC policy of that one")
+    need(policy.kind == "diffusion", "policy.kind", policy.kind, "must be diffusion: method dppo trains denoising steps")
+    need(own.denoising_steps <= policy.denoising_steps, "dppo.denoising_steps", own.denoising_steps,
+         f"must not exceed policy.denoising_steps={policy.denoising_steps}")
+    need(policy.sampling_steps > 1, "policy.sampling_steps", policy.sampling_steps, "must be at least 2 with method dppo: a single one asks no trained step")
+    rollout = own.num_envs * own.n_steps
+    need(own.minibatches <= rollout * own.denoising_steps, "dppo.minibatches", own.minibatches,
+         f"must not exceed the denoising steps of a rollout, {rollout * own.denoising_steps}")
+    steps = rollout * policy.n_action_steps
+    need(cfg.online.env_steps == 0 or cfg.online.env_steps >= steps, "online.env_steps", cfg.online.env_steps,
+         f"must be at least the {steps} of one rollout (dppo.num_envs * dppo.n_steps * policy.n_action_steps), else nothing is learned")
 
 
 def value_at(tree: dict[str, Any], dotted: str) -> Any:

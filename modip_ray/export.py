@@ -78,6 +78,8 @@ def export_run(run: Path, to: Format, out: Path | None = None, mode: PolicyMode 
     """
     need_packages(to)
     saved = agent_of_run(run, {"policy.sampling_steps": steps} if steps is not None else {})
+    if saved.cfg.method != "modip" and mode == "policy":
+        raise ExportError(f"{run}: only the policies of method modip, and BC ones, can be exported; this run's method is {saved.cfg.method}")
     saved.act_as(mode)
     agent = saved.agent.frozen_copy().cpu()
     if isinstance(agent.policy, LatentPolicy):

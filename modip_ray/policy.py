@@ -18,7 +18,7 @@ from modip_ray.config import Config, ConfigError
 from modip_ray.learning.build import device_of, saved_agent
 from modip_ray.learning.checkpoint import CheckpointError
 from modip_ray.learning.env_source import env_factory
-from modip_ray.learning.evaluation import MODES, EvalMode
+from modip_ray.learning.evaluation import EvalMode, modes_of
 from modip_ray.learning.system import saved_bc
 from modip_ray.model.agent import Agent
 from modip_ray.model.hardware import prepare_process
@@ -60,8 +60,21 @@ def agent_of_run(run: Path, overrides: Mapping[str, Any] = MappingProxyType({}))
             raise ConfigError(f"{key}: decides how the run was trained; only settings of acting can be changed afterwards ({', '.join(ACTING)})")
     cfg, checkpoint = saved_config(run).replace(dict(overrides)), open_checkpoint(run)
     prepare_process(cfg.resources.torch_threads)
-    agent = saved_agent(cfg, checkpoint, device_of(cfg))
-    return SavedAgent(run, cfg, agent, saved_bc(checkpoint), int(checkpoint.counters["env_steps"]), checkpoint.path.name)
+    if cfg.method == "dppo":
+        from modip_ray.baselines import dppo
+        agent = dppo.saved_agent(cfg, checkpoint, device_of(cfg))
+        bc: np.ndarray | None = dppo.bc_policy(agent)
+    else:
+        agent, bc = saved_agent(cfg, checkpoint, device_of(cfg)), saved_bc(checkpoint)
+    return SavedAgent(run, cfg, agent, bc, int(checkpoint.counters["env_steps"]), checkpoint.path.name)
+
+
+def check_mode(cfg: Config, mode: str) -> None:
+    """ConfigError for a mode that a run does not have."""
+    modes = modes_of(cfg)
+    if mode not in modes:
+        planner = "" if "mpc" in modes else f" (method {cfg.method} has no planner)"
+        raise ConfigError(f"mode: got {mode!r}, expected one of {', '.join(modes)}{planner}")
 
 
 class RunPolicy:
@@ -71,8 +84,7 @@ class RunPolicy:
     """
 
     def __init__(self, saved: SavedAgent, mode: EvalMode, seed: int = 0):
-        if mode not in MODES:
-            raise ConfigError(f"mode: got {mode!r}, expected one of {', '.join(MODES)}")
+        check_mode(saved.cfg, mode)
         saved.act_as(mode)
         self.cfg, self.mode, self.version = saved.cfg, mode, saved.version
         self.planner = Planner(saved.cfg, saved.agent, seed)

@@ -16,7 +16,7 @@ from modip_ray.learning.build import build_spec
 from modip_ray.learning.collector import SegmentHook
 from modip_ray.learning.env_source import check_family, spaces
 from modip_ray.learning.env_source import env_factory as named_env_factory
-from modip_ray.learning.evaluation import MODES, Job, Outcome, jobs_for
+from modip_ray.learning.evaluation import Job, Outcome, jobs_for, modes_of
 from modip_ray.learning.offline_data import load_data, source_label
 from modip_ray.learning.offline_rows import write_rows
 from modip_ray.learning.system import Setup, System
@@ -51,7 +51,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
                 rows = offline_phase(session, factory)
             with session.timed("start"), stop.at_once():
                 session.system = system = build_system(cfg, rows, factory, segment_hook, folder)
-            if cfg.log.ray_metrics and not cfg.serial:
+            if cfg.log.ray_metrics and not cfg.one_process:
                 from modip_ray.actors.metrics import RaySink
                 session.log.add(lambda: RaySink(folder.path.name, cfg.task.name))
             pretrain(session, system)
@@ -94,6 +94,9 @@ def build_system(cfg: Config, rows: list[Path], factory: EnvFactory, hook: Segme
     setup = Setup(cfg, build_spec(cfg, rows, low, high), rows, factory, hook, folder.checkpoint, folder=folder.path)
     if setup.checkpoint is None and cfg.pretrain.start is not None:
         setup = replace(setup, checkpoint=adopt(setup, folder.checkpoints))
+    if cfg.method == "dppo":
+        from modip_ray.baselines.dppo import DPPOSystem
+        return DPPOSystem(setup)
     if cfg.serial:
         from modip_ray.learning.serial import SerialSystem
         return SerialSystem(setup)
@@ -145,11 +148,11 @@ def callable_name(factory: EnvFactory) -> str:
 
 
 def evaluate(session: Session, system: System, env_id: str) -> dict:
-    """All three ways of acting on the same seeds; the summary. env_id: the environment's name in it."""
+    """Every way of acting on the same seeds; the summary. env_id: the environment's name in it."""
     cfg = session.cfg
     finished: list[int] = []
     with session.timed("eval"), session.stop.at_once():
-        jobs = [job for mode in reversed(MODES) for job in jobs_for(mode, cfg.eval.episodes, cfg.eval.seed)]    # the planner's first: they take longest
+        jobs = [job for mode in reversed(modes_of(cfg)) for job in jobs_for(mode, cfg.eval.episodes, cfg.eval.seed)]    # the planner's first: they take longest
         session.progress.start("evaluate", sum(len(job.seeds) for job in jobs), "episodes")
 
         def progress(outcome: Outcome) -> None:
@@ -160,15 +163,16 @@ def evaluate(session: Session, system: System, env_id: str) -> dict:
         session.record([report])
         session.progress.finish()
     found = scores_of(cfg, report.outcomes)
-    scores: dict[str, dict] = {"data": session.data_score, **{mode: found[mode] for mode in MODES}}
-    return {"task": cfg.task.name, "env_id": env_id, "run_dir": cfg.run_dir or str(session.folder.path), "command": command_line(), "scores": scores,
+    scores: dict[str, dict] = {"data": session.data_score, **{mode: found[mode] for mode in modes_of(cfg)}}
+    return {"task": cfg.task.name, "method": cfg.method, "env_id": env_id, "run_dir": cfg.run_dir or str(session.folder.path),
+            "command": command_line(), "scores": scores,
             "env_steps": report.env_steps,
             "updates": report.updates, "wall_s": round(session.log.wall_s, 2), "phase_s": session.seconds_by_phase(), "versions": versions(),
             "git": git_commit(), "machine": machine(), "config_hash": cfg.hash()}
 
 
 def periodic_jobs(cfg: Config) -> list[Job]:
-    return [job for mode in ("policy", "mpc") for job in jobs_for(mode, cfg.eval.every_episodes, cfg.eval.seed)]
+    return [job for mode in modes_of(cfg) if mode != "bc" for job in jobs_for(mode, cfg.eval.every_episodes, cfg.eval.seed)]
 
 
 def losses(metrics: dict[str, float]) -> dict[str, float]:

@@ -11,9 +11,9 @@ import gymnasium as gym
 
 from modip_ray.config import Config
 from modip_ray.learning.env_source import env_factory
-from modip_ray.learning.evaluation import MODES, EvalMode, jobs_for, joined, run_job
+from modip_ray.learning.evaluation import EvalMode, jobs_for, joined, modes_of, run_job
 from modip_ray.learning.offline_data import collect_to, policy_of
-from modip_ray.policy import agent_of_run, load
+from modip_ray.policy import agent_of_run, check_mode, load
 from modip_ray.runfolder import command_line, git_commit, machine, saved_config, versions
 from modip_ray.session import score
 from modip_ray.tasks.collect import collect
@@ -26,6 +26,7 @@ def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: i
     """S of a mode, measured again: the same seeds in the same groups give the returns of the run's own summary."""
     saved = agent_of_run(run, overrides)
     cfg = saved.cfg
+    check_mode(cfg, mode)
     if mode == "bc":
         saved.need_bc()
     jobs = jobs_for(mode, episodes or cfg.eval.episodes, cfg.eval.seed if seed is None else seed)
@@ -34,8 +35,8 @@ def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: i
 
 
 def compare_run(run: Path, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict:
-    """BC, the policy alone and the planner on the same seeds; against_bc holds the paired differences and the ratio of means."""
-    scores = {mode: evaluate_run(run, mode, episodes, seed, overrides) for mode in MODES}
+    """BC, the policy alone and the planner, where there is one, on the same seeds; against_bc holds the paired differences and the ratio of means."""
+    scores = {mode: evaluate_run(run, mode, episodes, seed, overrides) for mode in modes_of(saved_config(run))}
     bc = scores["bc"]
     against = {mode: paired_difference(s["values"], bc["values"]) | {"ratio": s["mean"] / bc["mean"] if bc["mean"] else float("nan")}
                for mode, s in scores.items() if mode != "bc"}

@@ -14,7 +14,7 @@ from typing import Any
 
 from modip_ray.config import Config
 from modip_ray.learning.checkpoint import begin, best_score, commit, commit_best, stage_best
-from modip_ray.learning.evaluation import MODES, Job, Outcome, joined
+from modip_ray.learning.evaluation import MODES, Job, Outcome, joined, modes_of
 from modip_ray.learning.mirror import Mirroring
 from modip_ray.learning.plan_probe import summary as plan_summary
 from modip_ray.learning.system import Report, Status, System
@@ -24,8 +24,8 @@ from modip_ray.runfolder import RunError, RunFolder, command_line, rss_mb
 from modip_ray.tasks.scores import score_summary
 
 
-class Stopped(Exception):
-    """The user asked to stop; everything that can be saved is."""
+class Stopped(BaseException):
+    """The user asked to stop; everything that can be saved is. As KeyboardInterrupt, it is no failure of what it comes out of, an environment's step say."""
 
 
 class StopSignals:
@@ -211,7 +211,7 @@ class Session:
             for mode, found in scores_of(self.cfg, report.outcomes).items():
                 self.log.write({"kind": "eval", "mode": mode, **at, **found})
                 self.progress.scores(**{mode: found["mean"]})
-                if mode == "mpc":
+                if mode == modes_of(self.cfg)[-1]:
                     self.keep_if_best(found["mean"])
             if report.diagnostics:
                 shares = {} if self.distilled is None or self.phase == "pretrain" else {"plan_share_distilled": self.distilled}

@@ -1,1 +1,1 @@
-"""Rival methods, one file each, on MODIP's own parts: they import from model/ only, and agent and learner ask them where the settings say so."""
+"""Rival methods on MODIP's own parts: the same start, environments, evaluation and run folder. Agent, learner and driver ask them where the settings say so."""

@@ -25,6 +25,11 @@ GROUP = 10                          # episodes run side by side; part of the res
 DIAGNOSTIC_ROWS = 512
 
 
+def modes_of(cfg: Config) -> tuple[EvalMode, ...]:
+    """The ways of acting that a run is measured in, its method's own last: only MODIP has a planner."""
+    return MODES if cfg.method == "modip" else ("bc", "policy")
+
+
 @dataclass(frozen=True)
 class Job:
     """Episodes to run side by side with one fresh planner: the unit that may go to any evaluator, with the same result everywhere."""

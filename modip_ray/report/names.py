@@ -32,6 +32,9 @@ TRAIN = {
     "value/target_mean": Measure("reward", "the critic's targets, mean of a batch"),
     "value/target_std": Measure("reward", "the critic's targets, deviation in a batch"),
     "distill/share": Measure("share", "of the policy's batches that the distillation rule lets it imitate"),
+    "ppo/loss": Measure("", "clipped policy loss of a rival that PPO trains"),
+    "ppo/kl": Measure("", "its estimated divergence from the policy that collected"),
+    "ppo/clipped": Measure("share", "of its ratios outside the clip range"),
     "rollout/return": Measure("reward", "finished training episodes, exploration included"),
 }
 ROLES = {                           # processes, by the names of <run>/live/processes.json

@@ -67,6 +67,8 @@ def progress_of(run: RunData, phase: str, running: bool) -> Progress | None:
     if phase not in PHASES:
         return None
     unit, counts, settings, times = PHASES[phase]
+    if phase == "evaluate" and run.config.get("method", "modip") != "modip":
+        times = 2                                                                   # a rival has no planner
     rows = [row for row in since_resume(run.rows) if row.get("phase") == phase and row.get("kind") in ("phase", "train", "system", "resume")]
     points = [(float(row["wall_s"]), sum(int(row.get(k) or 0) for k in counts)) for row in rows]
     total, done = times * sum(int(run.config.get(k) or 0) for k in settings), points[-1][1] if points else 0

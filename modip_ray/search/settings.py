@@ -66,6 +66,8 @@ def settled(base: Config, search: Mapping[str, Any], dotted: Mapping[str, Any]) 
     """`base` with the dotted settings, checked."""
     start = Path(search["start"]).absolute() if search.get("start") else None
     gpus, cfg = number(search, "gpus", 0.0), base.replace(dict(dotted))
+    if cfg.method != "modip":
+        raise ConfigError(f"method: got {cfg.method!r}, a search is over settings of modip; compare methods with modip study")
     if start is not None:
         check_online_only(base, cfg, start)
     if gpus == 0 and cfg.resources.device.startswith("cuda"):

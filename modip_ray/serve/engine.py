@@ -15,7 +15,7 @@ import numpy as np
 
 from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import CheckpointError, folders
-from modip_ray.learning.evaluation import EvalMode
+from modip_ray.learning.evaluation import EvalMode, modes_of
 from modip_ray.policy import RunPolicy, load
 from modip_ray.serve.query import Limits, Query
 
@@ -28,13 +28,13 @@ class Actions(NamedTuple):
 
 
 class Engine:
-    """mode: what a query without one gets. A server of "bc" has but that; others answer "policy" and "mpc", with the same weights."""
+    """mode: what a query without one gets. A server of "bc" has but that; others answer "policy" and (method modip) "mpc", with the same weights."""
 
     def __init__(self, run: Path, mode: EvalMode, overrides: Mapping[str, Any] = MappingProxyType({}), seed: int = 0):
         self.run, self.mode, self.overrides = run, mode, dict(overrides)
         self.policy = load(run, mode, seed, overrides)
         self.device = self.policy.planner.device
-        modes = ("bc",) if mode == "bc" else (mode, *({"policy", "mpc"} - {mode}))
+        modes = ("bc",) if mode == "bc" else (mode, *(m for m in modes_of(self.policy.cfg) if m not in ("bc", mode)))
         self.limits = Limits(self.policy.obs_dim, self.policy.cfg.planner.max_rows, modes)
         self.clients: OrderedDict[str, int] = OrderedDict()                         # rows of each, who asked last at the end
         self.kept = self.rows = self.batches = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modip_ray.learning.checkpoint import write_synced
-from modip_ray.learning.evaluation import MODES
+from modip_ray.learning.evaluation import modes_of
 from modip_ray.report.scores import duration, number
 from modip_ray.runfolder import RunError, check_same, read_summary, saved_config_tree
 from modip_ray.session import StopSignals
@@ -94,7 +94,7 @@ def note(one: Running, stopped: bool) -> bool:
     if outcome(one.cell) is not None:
         keep(one.cell)
         scores = read_summary(one.cell.folder)["scores"]
-        shown = ", ".join(f"{mode} {number(scores[mode]['mean'])}" for mode in MODES)
+        shown = ", ".join(f"{mode} {number(scores[mode]['mean'])}" for mode in modes_of(one.cell.cfg))
         print(f"{head} done in {took}: {shown}", flush=True)
     elif stopped and one.process.returncode == 0:
         print(f"{head} stopped after {took}", flush=True)

@@ -55,11 +55,11 @@ def task_results(cells: Sequence[Cell]) -> dict[str, Any] | None:
     if not done:
         return None
     family = cells[0].cfg.task.family
-    scores = {name: [s["scores"][name] for s in done] for name in ("data", *MODES)}
+    scores = {name: [s["scores"][name] for s in done] for name in ("data", *MODES) if name in done[0]["scores"]}
     found = {name: joined(s, family) for name, s in scores.items()}
     return {**found, "metric": done[0]["scores"]["bc"]["metric"], "env_steps": min(s["env_steps"] for s in done), "updates": min(s["updates"] for s in done),
             "wall_s": float(np.mean([s["wall_s"] for s in done])), "seeds_done": len(done), "seeds_wanted": len(cells),
-            "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in ("policy", "mpc")}, "git": sorted({s["git"] for s in done})}
+            "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in scores if mode in ("policy", "mpc")}, "git": sorted({s["git"] for s in done})}
 
 
 def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -69,10 +69,11 @@ def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
     seeds = {m[t]["seeds_done"] for m in methods.values() for t in shared}
     if not shared or len(seeds) != 1:
         return {}
-    matrices = {f"{name} {mode}": np.array([m[t][mode]["normalized_by_seed"] for t in shared]).T for name, m in methods.items() for mode in MODES}
+    matrices = {f"{name} {mode}": np.array([m[t][mode]["normalized_by_seed"] for t in shared]).T
+                for name, m in methods.items() for mode in MODES if all(mode in m[t] for t in shared)}
     points, bands = library.get_interval_estimates(matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=2_000, random_state=np.random.RandomState(0))
-    return {name: {mode: {"iqm": float(points[f"{name} {mode}"][0]), "ci95": bands[f"{name} {mode}"][:, 0].tolist(), "tasks": shared} for mode in MODES}
-            for name in methods}
+    return {name: {mode: {"iqm": float(points[f"{name} {mode}"][0]), "ci95": bands[f"{name} {mode}"][:, 0].tolist(), "tasks": shared}
+                   for mode in MODES if f"{name} {mode}" in matrices} for name in methods}
 
 
 def results(study: Study) -> dict[str, Any]:
@@ -97,7 +98,10 @@ def write_results(study: Study) -> dict[str, Any]:
 
 # ---- for people ------------------------------------------------------------------------------------------------------------------------------
 
-def score_cell(entry: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> str:
+def score_cell(entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None = None) -> str:
+    """'-' for a way of acting that a method does not have."""
+    if entry is None:
+        return "-"
     times = f", {entry['mean'] / base['mean']:.2f} x" if base is not None and base["mean"] > 0 else ""
     return f"{number(entry['mean'])} [{interval(entry['ci95'])}]{times}"
 
@@ -113,9 +117,10 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]]) -> list[str]
     for name, r in have.items():
         diff = r["against_bc"]["policy"]
         share = "" if diff["share"] is None else f", {100 * diff['share']:+.1f} %"
-        cells = [name, score_cell(r["bc"]), score_cell(r["policy"], r["bc"]), score_cell(r["mpc"], r["bc"]),
-                 f"{number(diff['mean'])} [{interval(diff['ci95'])}]{share}", " / ".join(number(r[mode]["normalized"]) for mode in MODES),
-                 f"{r['env_steps']:,}", f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
+        cells = [name, score_cell(r["bc"]), score_cell(r["policy"], r["bc"]), score_cell(r.get("mpc"), r["bc"]),
+                 f"{number(diff['mean'])} [{interval(diff['ci95'])}]{share}",
+                 " / ".join(number(r[mode]["normalized"] if mode in r else None) for mode in MODES), f"{r['env_steps']:,}",
+                 f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
         lines.append("| " + " | ".join(cells) + " |")
     paper = published_for(task)
     if paper is not None:
@@ -134,6 +139,7 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
         lines += ["## All tasks", "", "Interquartile mean of normalised scores [95 % interval, stratified bootstrap over training seeds].", "",
                   "| method | " + " | ".join(ROWS[mode] for mode in MODES) + " |", "|" + "---|" * (1 + len(MODES))]
         for method, modes in found["over_tasks"].items():
-            lines.append(f"| {method} | " + " | ".join(f"{number(e['iqm'])} [{interval(e['ci95'])}]" for e in modes.values()) + " |")
+            shown = (f"{number(modes[m]['iqm'])} [{interval(modes[m]['ci95'])}]" if m in modes else "-" for m in MODES)
+            lines.append(f"| {method} | " + " | ".join(shown) + " |")
         lines.append("")
     return "\n".join([*lines, *(f"![{name}]({name})" for name in pictures), ""])
