@@ -11,7 +11,7 @@ export PYTHONUNBUFFERED := 1
 
 .PHONY: help install demo test bench chaos lint types docs clean
 help:
-	@echo "make demo    train MODIP on HalfCheetah with local Ray, about 14 minutes on 2 cores, into runs/demo (run it again to resume)"
+	@echo "make demo    train MODIP on HalfCheetah with local Ray, about 10 minutes on 2 cores, into runs/demo (run it again to resume)"
 	@echo "make test    unit, property and end-to-end tests"
 	@echo "make bench   timings of planner, learner, replay, environments, weights; serial against Ray"
 	@echo "make chaos   kill, freeze, fill and damage runs and check that nothing is lost, into results/chaos.json (make chaos FAST=1: under 5 minutes)"

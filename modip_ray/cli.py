@@ -14,6 +14,9 @@ from modip_ray.config import Config, ConfigError, load, parse_override
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done (or stopped in good order), 2 something to mend, said in one line, 130 interrupted."""
+    if not (sys.argv[1:] if argv is None else argv):
+        parser().print_help()
+        sys.exit(2)
     args, rest = parser().parse_known_args(argv)
     if rest and args.command != "bench":
         parser().error(f"unknown argument(s) {' '.join(rest)}; settings are given as key=value, e.g. planner.horizon=3")

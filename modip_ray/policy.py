@@ -93,6 +93,10 @@ class RunPolicy:
         self.obs_dim, self.action_dim = saved.agent.obs_dim, saved.agent.action_dim
         self.reset()
 
+    def __repr__(self) -> str:
+        return (f"<RunPolicy {self.cfg.task.name}, mode {self.mode}, {self.version}: observation ({self.obs_dim},) -> action ({self.action_dim},) of "
+                f"{self.cfg.task.env}>")
+
     def reset(self) -> None:
         """A new episode begins in the environment of `act`."""
         self.chunk, self.new = np.empty((0, self.action_dim), np.float32), True
@@ -114,7 +118,7 @@ class RunPolicy:
         return self.planner.plan(obs, [*slots], reset, self.plan_mode)
 
     def make_env(self) -> gym.Env:
-        """The run's environment, cut at its time limit."""
+        """The run's environment, cut at its time limit. ConfigError where it cannot be made here, as one whose class lives in the script that trained."""
         return gym.wrappers.TimeLimit(env_factory(self.cfg.task)(), self.cfg.task.max_episode_steps)
 
 

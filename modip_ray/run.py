@@ -17,7 +17,7 @@ from modip_ray.learning.collector import SegmentHook
 from modip_ray.learning.env_source import check_family, spaces
 from modip_ray.learning.env_source import env_factory as named_env_factory
 from modip_ray.learning.evaluation import Job, Outcome, jobs_for, modes_of
-from modip_ray.learning.offline_data import load_data, source_label
+from modip_ray.learning.offline_data import load_data, rolls_out, source_label
 from modip_ray.learning.offline_rows import write_rows
 from modip_ray.learning.system import Setup, System
 from modip_ray.report.page import write_report
@@ -39,6 +39,8 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
     Raises ConfigError, DataError, EnvError, CheckpointError or RunError with what to do; Stopped after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     factory = env_factory or named_env_factory(cfg.task)
+    if env_factory is not None:
+        cfg = cfg.replace({"task.env": callable_name(env_factory)})                 # what the run is of, and what `load` makes where it can be imported
     check_family(cfg.task)
     with RunFolder(cfg) as folder, disk_errors(folder.path), StopSignals(cfg.log.grace_s) as stop:
         summary = folder.finished_summary()
@@ -56,7 +58,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
                 session.log.add(lambda: RaySink(folder.path.name, cfg.task.name))
             pretrain(session, system)
             online(session, system)
-            summary = evaluate(session, system, cfg.task.env if env_factory is None else callable_name(env_factory))
+            summary = evaluate(session, system)
             folder.write_summary(summary)
             session.progress.say(f"report: {write_report([folder.path])}")
         except Stopped:
@@ -76,7 +78,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
 def offline_phase(session: Session, factory: EnvFactory) -> list[Path]:
     """The data, read, scored and written as rows: the episodes themselves are not needed any longer."""
     cfg = session.cfg
-    session.progress.start("data", cfg.data.transitions, "transitions")
+    session.progress.start("data", cfg.data.transitions if rolls_out(cfg.data.source) else 0, "transitions")
 
     def progress(done: int, total: int) -> None:
         session.progress.update(done)
@@ -143,12 +145,12 @@ def online(session: Session, system: System) -> None:
 
 
 def callable_name(factory: EnvFactory) -> str:
-    """ "module:Class" of an environment of one's own, so that no report takes it for the default task's."""
+    """ "module:Class" of an environment of one's own, so that nothing takes it for the default task's."""
     return f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', type(factory).__name__)}"
 
 
-def evaluate(session: Session, system: System, env_id: str) -> dict:
-    """Every way of acting on the same seeds; the summary. env_id: the environment's name in it."""
+def evaluate(session: Session, system: System) -> dict:
+    """Every way of acting on the same seeds; the summary."""
     cfg = session.cfg
     finished: list[int] = []
     with session.timed("eval"), session.stop.at_once():
@@ -164,7 +166,7 @@ def evaluate(session: Session, system: System, env_id: str) -> dict:
         session.progress.finish()
     found = scores_of(cfg, report.outcomes)
     scores: dict[str, dict] = {"data": session.data_score, **{mode: found[mode] for mode in modes_of(cfg)}}
-    return {"task": cfg.task.name, "method": cfg.method, "env_id": env_id, "run_dir": cfg.run_dir or str(session.folder.path),
+    return {"task": cfg.task.name, "method": cfg.method, "env_id": cfg.task.env, "run_dir": cfg.run_dir or str(session.folder.path),
             "command": command_line(), "scores": scores,
             "env_steps": report.env_steps,
             "updates": report.updates, "wall_s": round(session.log.wall_s, 2), "phase_s": session.seconds_by_phase(), "versions": versions(),

@@ -73,11 +73,15 @@ class RunFolder:
         earlier = saved_config_tree(self.path)
         if earlier is None and (self.path / "checkpoints").is_dir():
             raise RunError(f"{self.path}: holds checkpoints but no config.yaml; restore it, or use another run_dir")
-        if earlier is not None:
+        if earlier is not None and self.begun():
             check_same(earlier, cfg, self.path)
         self.checkpoint: Checkpoint | None = newest(self.checkpoints, set_aside=True)
         with disk_errors(self.path):
             write_synced(self.path / "config.yaml", cfg.dump())
+
+    def begun(self) -> bool:
+        """There is something that its settings have decided; a run that ended at its data's name has nothing yet."""
+        return any((self.path / name).exists() for name in ("checkpoints", "offline", "data.hdf5", "summary.json"))
 
     @property
     def checkpoints(self) -> Path:
@@ -178,9 +182,11 @@ def check_same(earlier: dict, cfg: Config, path: Path | str) -> None:
 
 
 def command_line() -> str:
-    """What was typed, less the folder of the interpreter's script; it can be pasted into a shell."""
+    """What was typed, less the folder of an installed script; it can be pasted into a shell."""
     name = Path(sys.argv[0]).name
-    return " ".join(["python -m modip_ray" if name == "__main__.py" else name, shlex.join(sys.argv[1:])]).rstrip()
+    if name.endswith(".py"):
+        name = "python -m modip_ray" if name == "__main__.py" else f"python {shlex.quote(sys.argv[0])}"
+    return " ".join([name, shlex.join(sys.argv[1:])]).rstrip()
 
 
 def versions() -> dict[str, str]:

@@ -38,10 +38,11 @@ def run_serve(args: argparse.Namespace) -> int:
     if args.follow < 0 or args.seed < 0:
         raise ConfigError(f"--follow and --seed must not be negative, got {args.follow:g} and {args.seed}")
     overrides = dict(parse_override(item) for item in args.settings)
+    print(f"starting Ray Serve for {args.run_folder}; that takes some seconds", flush=True)
+    if args.host not in LOCAL:
+        print(f"--host {args.host}: there is no authentication and no encryption; whoever reaches this address can use it", flush=True)
     with served(args.run_folder, args.mode, args.host, args.port, overrides, args.seed, args.follow) as url:
         print(f"serving {args.run_folder} ({args.mode}) at {url}   GET / tells about it, POST /act takes observations; Ctrl-C stops it", flush=True)
-        if args.host not in LOCAL:
-            print(f"--host {args.host}: there is no authentication and no encryption; whoever reaches this address can use it", flush=True)
         wait()
     print("stopped")
     return 0

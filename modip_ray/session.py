@@ -20,12 +20,14 @@ from modip_ray.learning.plan_probe import summary as plan_summary
 from modip_ray.learning.system import Report, Status, System
 from modip_ray.report.metrics import MetricsLog
 from modip_ray.report.progress import Progress
+from modip_ray.report.scores import number
 from modip_ray.runfolder import RunError, RunFolder, command_line, rss_mb
 from modip_ray.tasks.scores import score_summary
 
 
-class Stopped(BaseException):
-    """The user asked to stop; everything that can be saved is. As KeyboardInterrupt, it is no failure of what it comes out of, an environment's step say."""
+class Stopped(SystemExit):
+    """The user asked to stop; everything that can be saved is. No failure of what it comes out of, an environment's step say, and a script that lets it pass
+    ends with exit code 0."""
 
 
 class StopSignals:
@@ -65,8 +67,8 @@ class StopSignals:
 
     def __exit__(self, *exc: object) -> None:
         self.saved()
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self.before.items():
+            signal.signal(signal_number, handler)
 
     def check(self) -> None:
         if self.asked:
@@ -190,6 +192,8 @@ class Session:
 
     def request_evaluation(self, jobs: Sequence[Job]) -> bool:
         """As `System.request_evaluation` (serially it is made here and now); with log.keep_best the weights that are evaluated are put by."""
+        if jobs and self.cfg.one_process:
+            self.progress.say(f"evaluating {sum(len(job.seeds) for job in jobs)} episodes; in one process training waits meanwhile")
         with self.stop.at_once():
             begun = self.system.request_evaluation(jobs)
         if begun and self.cfg.log.keep_best:
@@ -201,7 +205,7 @@ class Session:
     def keep_if_best(self, score: float) -> None:
         """`score`: of the evaluation that was asked for last."""
         if self.candidate is not None and score > best_score(self.folder.checkpoints):
-            self.progress.say(f"best so far: {commit_best(self.candidate, score)}")
+            self.progress.say(f"best so far, {number(score)}: {commit_best(self.candidate, score)}")
         self.candidate = None
 
     def record(self, reports: Sequence[Report]) -> None:

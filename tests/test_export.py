@@ -11,7 +11,7 @@ import torch
 
 from modip_ray import cli, export
 from modip_ray.config import load as settings
-from modip_ray.export import CHECKED, SUFFIXES, TOLERANCE, ExportError, RawPolicy, export_run, load_safetensors
+from modip_ray.export import CHECKED, SUFFIXES, TOLERANCE, ExportError, RawPolicy, data_observations, export_run, load_safetensors
 from modip_ray.model.agent import Agent
 from modip_ray.policy import agent_of_run, load
 from modip_ray.tasks.dataset import DataError
@@ -128,9 +128,12 @@ def test_mistakes_are_told_in_one_line(tmp_path, finished_run, monkeypatch):
     (tmp_path / "noise.safetensors").write_bytes(b"no such thing")
     with pytest.raises(ExportError, match="is not a file of 'modip export"):
         load_safetensors(tmp_path / "noise.safetensors")
+    cfg = agent_of_run(finished_run).cfg
+    observations = data_observations(finished_run, cfg)
     monkeypatch.setattr(export, "stored_source", lambda cfg, run: str(tmp_path / "gone.hdf5"))
+    np.testing.assert_array_equal(data_observations(finished_run, cfg), observations)               # out of the run's own rows
     with pytest.raises(DataError, match="checked on the run's data, which cannot be read: .*gone.hdf5: no such file"):
-        export_run(finished_run, "safetensors", tmp_path / "x")
+        data_observations(tmp_path, cfg)
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"needs onnx, onnxscript, onnxruntime, not installed here: pip install 'modip_ray\[export\]'"):
         export_run(finished_run, "onnx", tmp_path / "x")

@@ -50,7 +50,8 @@ def own_class(name: str) -> EnvFactory:
     except ImportError as error:
         raise ConfigError(f"task.env: cannot import {module!r} of {name!r} ({error}); it must be importable where you start the run") from error
     except AttributeError as error:
-        raise ConfigError(f"task.env: {module!r} has no {attribute!r} (from {name!r})") from error
+        raise ConfigError(f"task.env: {module!r} has no {attribute!r} (from {name!r}); a class that other programs are to make belongs into a module that they "
+                          "can import") from error
     if not callable(found):
         raise ConfigError(f"task.env: {name!r} is {type(found).__name__}; expected a class or function that makes an environment")
     return found

@@ -96,7 +96,8 @@ class Progress:
 
     def line(self) -> str:
         """The live line's text."""
-        parts = [f"{self._phase}: {self._done:,}/{self._total:,} {self._unit}"]
+        of_all = f"/{self._total:,}" if self._total > 0 else ""                      # 0: not known yet
+        parts = [f"{self._phase}: {self._done:,}{of_all} {self._unit}"]
         if self._total > 0:
             parts.append(f"{100 * self._done // self._total}%")
         rate, left = self.rate(), self.seconds_left()

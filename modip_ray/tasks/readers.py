@@ -81,5 +81,5 @@ def _in_range(dataset: Dataset, action_range: tuple[float, float] | None) -> Dat
             if len(wrong):
                 row, column = wrong[0].tolist()
                 raise DataError(f"{dataset.source}: episode {i}: actions[{row}, {column}] is {episode.actions[row, column]:g}; "
-                                f"expected actions in [{low:g}, {high:g}]")
+                                f"expected actions in [{low:g}, {high:g}], those of the task's environment; are these data of another one (task.env)?")
     return dataset

@@ -16,8 +16,12 @@ import pytest
 from modip_ray.cli import main
 from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import CheckpointError, folders, newest, read_state
+from modip_ray.learning.env_source import env_factory
+from modip_ray.policy import load
 from modip_ray.report.metrics import read_metrics
-from modip_ray.run import train
+from modip_ray.run import callable_name, train
+from modip_ray.runfolder import command_line
+from modip_ray.tasks.dataset import DataError
 from tests.fakes import SMALL, PointEnv, small, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,14 +152,39 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(tmp_pa
 def test_own_environment_class_and_hook(tmp_path, data):
     seen = []
 
-    class Mine(PointEnv):
-        pass
-
     def hook(segment):
         seen.append(segment)
         return segment
-    train(small(tmp_path / "run", data, serial=True, online__env_steps=60, eval__every_steps=0, task__env="nowhere:Nothing"), Mine, hook)
+    summary = train(small(tmp_path / "run", data, serial=True, online__env_steps=60, eval__every_steps=0, task__env="HalfCheetah-v4"), Mine, hook)
     assert sum(len(s) for s in seen) >= 60
+    policy = load(tmp_path / "run")
+    assert summary["env_id"] == policy.cfg.task.env == "tests.e2e.test_run:Mine" and isinstance(policy.make_env().unwrapped, Mine)
+    assert "observation (4,) -> action (2,) of tests.e2e.test_run:Mine" in repr(policy)
+
+    class Local(Mine):
+        pass
+    with pytest.raises(ConfigError, match="task.env.*has no .*Local.*belongs into a module"):       # not another environment in its place
+        env_factory(policy.cfg.replace({"task.env": callable_name(Local)}).task)
+
+
+def test_a_run_that_never_had_data_takes_other_settings(tmp_path, data):
+    with pytest.raises(DataError, match="no such file"):
+        train(small(tmp_path / "run", tmp_path / "mistyped.hdf5", serial=True))
+    cfg = small(tmp_path / "run", data, serial=True, online__env_steps=60, eval__every_steps=0, pretrain__updates=5, pretrain__policy_updates=5)
+    assert train(cfg)["env_steps"] >= 60
+    with pytest.raises(ConfigError, match="was started with other settings"):
+        train(cfg.replace({"data.source": str(tmp_path / "mistyped.hdf5")}))
+
+
+def test_the_command_that_resumes_can_be_pasted(monkeypatch):
+    for argv, line in ((["/x/modip_ray/__main__.py", "train", "a=b c"], "python -m modip_ray train 'a=b c'"), (["/venv/bin/modip", "train"], "modip train"),
+                       (["/my scripts/pm.py"], "python '/my scripts/pm.py'")):
+        monkeypatch.setattr(sys, "argv", argv)
+        assert command_line() == line
+
+
+class Mine(PointEnv):
+    """An environment of one's own, handed over as a class."""
 
 
 @pytest.mark.parametrize("network", ["mlp", "unet"])
