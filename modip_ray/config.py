@@ -390,7 +390,8 @@ def task_tree(name: str) -> dict[str, Any]:
     """configs/tasks/<name>.yaml, on top of the task that its `extends` names."""
     path = config_dir() / "tasks" / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"unknown task {shown(name)}{nearest(name, task_names())}; known tasks: {', '.join(task_names())}")
+        close = difflib.get_close_matches(name, task_names(), n=4, cutoff=0.5)
+        raise ConfigError(f"unknown task {shown(name)}; {'did you mean one of' if close else 'known tasks:'} {', '.join(close or task_names())}")
     tree = read_yaml(path)
     base = tree.pop("extends", None)
     if base is None:

@@ -21,7 +21,7 @@ def write(path, text):
     ("seeed=3", ["'seeed'", "did you mean 'seed'"]),
     ("planner.horizon.deep=3", ["planner.horizon", "expected int", "{'deep': 3}"]),
     ("planner=3", ["planner", "group of settings", "got 3"]),
-    ("task=hoper-medium", ["'hoper-medium'", "did you mean 'hopper-medium'", "known tasks"]),
+    ("task=hoper-medium", ["'hoper-medium'", "did you mean one of hopper-medium"]), ("task=xyz", ["known tasks: can-mh"]),
     ("planner.horizon", ["key=value"]),
     ("=4", ["key=value"]),
     ("task.name=[1", ["cannot read the value"]),
