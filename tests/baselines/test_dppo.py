@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -271,20 +272,19 @@ def test_eval_report_and_acting_work_and_the_planner_is_refused(study):
 
 
 @pytest.mark.parametrize("step", [230, 300])
-def test_stopped_at_any_moment_it_goes_on_as_if_nothing_had_been(study, tmp_path, step):
+def test_stopped_at_any_moment_it_goes_on_as_if_nothing_had_been(study, tmp_path, monkeypatch, step):
     """SIGTERM in an environment's step, of an evaluation and of a rollout; then the same command: the scores of the run that was not stopped, bit for bit."""
-    class Stopping(PointEnv):
-        steps = 0
+    own_step, taken = PointEnv.step, itertools.count(1)
 
-        def step(self, action):
-            Stopping.steps += 1
-            if Stopping.steps == step:                                              # 60 of an evaluation, 156 of rollouts, 60, 144
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().step(action)
+    def stopping(env, action):
+        if next(taken) == step:                                                     # 60 of an evaluation, 156 of rollouts, 60, 144
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own_step(env, action)
     cell = study.cells()[2]
     cfg = cell.cfg.replace({"run_dir": str(tmp_path / "run")})
-    with pytest.raises(Stopped):
-        train(cfg, env_factory=Stopping)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(PointEnv, "step", stopping)
+        train(cfg)
     counters = newest(tmp_path / "run" / "checkpoints").counters
     assert counters["phase"] == "online" and 156 <= counters["env_steps"] <= (156 if step == 230 else 300)
     resumed, plain = train(cfg), json.loads((cell.folder / "summary.json").read_text())
