@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from modip_ray.baselines.dppo_policy import TunedPolicy, clip_range, gae, policy_loss
 from modip_ray.config import Config
 from modip_ray.learning import build
-from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, State, write_state
-from modip_ray.learning.evaluation import Job, Outcome, run_job
+from modip_ray.learning.checkpoint import Checkpoint, State, write_state
+from modip_ray.learning.evaluation import Job, Outcome, run_jobs
 from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status
 from modip_ray.learning.updater import moments
 from modip_ray.model.agent import Agent
@@ -77,7 +77,7 @@ def saved_agent(cfg: Config, checkpoint: Checkpoint, device: torch.device) -> Ag
         return tuned_agent(build.saved_agent(cfg, checkpoint, device), cfg)
     arrays = part(checkpoint.read(LEARNER), "agent.")
     agent = tuned_agent(Agent(cfg, len(arrays["normalizer.obs_mean"]), len(arrays["normalizer.action_low"])), cfg)
-    load(agent, arrays, checkpoint)
+    build.load_weights(agent, arrays, checkpoint)
     return agent.to(device)
 
 
@@ -90,13 +90,6 @@ def bc_policy(agent: Agent) -> np.ndarray:
 
 def part(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): torch.from_numpy(np.array(v)) for k, v in state.items() if k.startswith(prefix)}
-
-
-def load(module: nn.Module, arrays: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    try:
-        module.load_state_dict(arrays)
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.path}: holds other networks than these settings describe: {error}") from error
 
 
 class DPPOSystem:
@@ -272,7 +265,7 @@ class DPPOSystem:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where `save` was, in the middle of episodes; where an environment does not come out where it was, the rollout begins anew."""
         state = checkpoint.read(LEARNER)
-        load(self.critic, part(state, "critic."), checkpoint)
+        build.load_weights(self.critic, part(state, "critic."), checkpoint)
         for name, opt in (("actor_opt", self.actor_opt), ("critic_opt", self.critic_opt)):
             opt.load_state_dict({"state": moments(state, name), "param_groups": opt.state_dict()["param_groups"]})
         self.rng.set_state(torch.from_numpy(np.array(state["rng"])))
@@ -305,12 +298,7 @@ class DPPOSystem:
         return finished
 
     def evaluate(self, jobs: Sequence[Job], progress: Callable[[Outcome], None] | None = None) -> Report:
-        outcomes = []
-        for job in jobs:
-            with self.timers["driver"]("evaluate"), self.timers["evaluator"](f"episodes/{job.mode}"):
-                outcomes.append(run_job(self.cfg, self.agent, self.setup.env_factory, job, self.env_steps, self.bc))
-            if progress is not None:
-                progress(outcomes[-1])
+        outcomes = run_jobs(self.cfg, self.agent, self.setup.env_factory, jobs, self.env_steps, self.bc, self.timers, progress)
         return Report(self.env_steps, self.updates, outcomes, {})
 
     def timings(self) -> dict[str, tuple[Snapshot, int]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from modip_ray.config import Config, ConfigError
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError
@@ -91,8 +92,13 @@ def saved_agent(cfg: Config, checkpoint: Checkpoint, device: torch.device) -> Ag
     parts = {**checkpoint.read("learner_model"), **checkpoint.read("learner_policy")}
     arrays = {k.removeprefix("agent."): torch.from_numpy(v) for k, v in parts.items() if k.startswith("agent.")}
     agent = Agent(cfg, len(arrays["normalizer.obs_mean"]), len(arrays["normalizer.action_low"]))
+    load_weights(agent, arrays, checkpoint)
+    return agent.to(device)
+
+
+def load_weights(module: nn.Module, arrays: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """What `checkpoint` holds of a module, into it. CheckpointError where the module is another network."""
     try:
-        agent.load_state_dict(arrays)
+        module.load_state_dict(arrays)
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.path}: holds other networks than these settings describe: {error}") from error
-    return agent.to(device)

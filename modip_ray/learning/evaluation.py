@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,6 +80,18 @@ def run_job(cfg: Config, agent: Agent, env_factory: EnvFactory, job: Job, env_st
         return plan.actions
     episodes = rollout_episodes(act, env_factory, job.seeds, cfg.task.max_episode_steps)
     return Outcome(job, measure(cfg.task.metric, episodes), [e.length for e in episodes], probe.measure(episodes) if probe is not None else {})
+
+
+def run_jobs(cfg: Config, agent: Agent, env_factory: EnvFactory, jobs: Sequence[Job], env_steps: int, bc: np.ndarray | None, timers: Mapping[str, Timer],
+             progress: Callable[[Outcome], None] | None = None) -> list[Outcome]:
+    """Jobs one after another in this process; timers: of driver and evaluator, progress: called with each outcome. The rest as of `run_job`."""
+    outcomes = []
+    for job in jobs:
+        with timers["driver"]("evaluate"), timers["evaluator"](f"episodes/{job.mode}"):
+            outcomes.append(run_job(cfg, agent, env_factory, job, env_steps, bc))
+        if progress is not None:
+            progress(outcomes[-1])
+    return outcomes
 
 
 def joined(outcomes: Sequence[Outcome], mode: EvalMode) -> tuple[dict[str, list[float]], list[int]]:

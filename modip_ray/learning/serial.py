@@ -12,7 +12,7 @@ import torch
 from modip_ray.learning.build import agent_of, device_of
 from modip_ray.learning.checkpoint import State, write_state
 from modip_ray.learning.collector import Collector, Planned
-from modip_ray.learning.evaluation import DIAGNOSTIC_ROWS, Job, Outcome, diagnose, run_job
+from modip_ray.learning.evaluation import DIAGNOSTIC_ROWS, Job, Outcome, diagnose, run_jobs
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.replay_server import restored_replay
@@ -152,12 +152,8 @@ class SerialSystem:
         return finished
 
     def evaluate(self, jobs: Sequence[Job], progress: Callable[[Outcome], None] | None = None) -> Report:
-        outcomes, env_steps = [], self.replay.env_steps
-        for job in jobs:
-            with self.timers["driver"]("evaluate"), self.timers["evaluator"](f"episodes/{job.mode}"):
-                outcomes.append(run_job(self.cfg, self.learner.agent, self.setup.env_factory, job, env_steps, self.bc))
-            if progress is not None:
-                progress(outcomes[-1])
+        env_steps = self.replay.env_steps
+        outcomes = run_jobs(self.cfg, self.learner.agent, self.setup.env_factory, jobs, env_steps, self.bc, self.timers, progress)
         batch = self.replay.diagnostic_batch(DIAGNOSTIC_ROWS, 2 * self.cfg.planner.horizon, self.cfg.eval.seed)
         diagnostics = diagnose(self.cfg, self.learner.agent, batch) | self.replay.plan_statistics()
         return Report(env_steps, self.learner.updates, outcomes, diagnostics)

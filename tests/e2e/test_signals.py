@@ -88,7 +88,7 @@ def test_a_serial_run_stops_in_good_order_at_every_moment(tmp_path, data, moment
     """Held at the moment by a function that takes long there."""
     reached = tmp_path / "reached"
     slow = {"data": ("modip_ray.learning.offline_data", "read_any", 200), "start": ("modip_ray.learning.serial", "agent_of", 200),
-            "evaluation": ("modip_ray.learning.serial", "run_job", 200), "checkpoint": ("modip_ray.learning.serial", "write_state", 0.3)}
+            "evaluation": ("modip_ray.learning.evaluation", "run_job", 200), "checkpoint": ("modip_ray.learning.serial", "write_state", 0.3)}
     if moment in slow:
         module, name, seconds = slow[moment]
         before = WRAP.format(reached=str(reached), module=module, name=name, seconds=seconds)
