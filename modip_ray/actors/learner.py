@@ -25,7 +25,7 @@ from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.live import newest_state, write_snapshot
 from modip_ray.learning.replay_server import shard_updates
 from modip_ray.learning.updater import Updater, learner_state, load_learner, load_parts
-from modip_ray.model.hardware import prepare_process
+from modip_ray.model.hardware import compiled_beside, prepare_process
 from modip_ray.model.networks import flat_vector
 from modip_ray.timing import Timer
 
@@ -52,7 +52,7 @@ class LearnerActor:
         self.store = ray.get_actor(store)
         device = device_of(cfg, cfg.resources.learner_gpus)
         self.ranks = Ranks(cfg, spec, stream, device)
-        self.learner = Learner(cfg, agent_of(cfg, spec, device), cfg.seed, self.ranks.replicas)
+        self.learner = Learner(cfg, agent_of(cfg, spec, device), cfg.seed, self.ranks.replicas, compiled_beside)
         self.updater = Updater(cfg, self.learner, self.timer)
         used = [0] * len(replays)
         self.life = Life(self.timer)

@@ -26,7 +26,7 @@ from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.parallel import ALONE, Meeting, Place, ReplicaLost, join, meeting, place_of
 from modip_ray.learning.updater import State, Updater, learner_state, load_learner, load_parts
-from modip_ray.model.hardware import prepare_process
+from modip_ray.model.hardware import compiled_beside, prepare_process
 from modip_ray.timing import Timer
 
 IN_FLIGHT = 2                       # updates that a rank may be behind rank 0's orders
@@ -64,7 +64,7 @@ class RankActor:
         self.replicas = join(where, rank, size)
 
     def begin(self, state: dict[Stream, State]) -> None:
-        learner = Learner(self.cfg, agent_of(self.cfg, self.spec, self.device), self.cfg.seed, self.replicas)
+        learner = Learner(self.cfg, agent_of(self.cfg, self.spec, self.device), self.cfg.seed, self.replicas, compiled_beside)
         for stream in STREAMS:
             load_learner(learner, stream, state[stream])
         self.updater = Updater(self.cfg, learner, self.life.timer)

@@ -30,6 +30,7 @@ from modip_ray.model.policy_critic import asks_policy
 
 Metrics = dict[str, Tensor]
 T = TypeVar("T")
+Compiler = Callable[[Callable[..., Any], str], Callable[..., Any]]
 SKIPPED = "guard/skipped"           # 1.0 in the metrics of an update that the guard skipped
 
 
@@ -46,9 +47,10 @@ class Learner:
     The world model with the critic, and the policy, share no gradient: `update_model` and `update_policy` may run in either order. A policy that
     maximises Q (baselines/tdmpc2.py) reads world model and critic as they are.
     `replicas`: the processes that make these updates together, each from the same weights and with the same whole batches.
+    `compiler`: `compiled`, or `compiled_beside` for a learner that others wait for.
     """
 
-    def __init__(self, cfg: Config, agent: Agent, seed: int = 0, replicas: Replicas = ALONE):
+    def __init__(self, cfg: Config, agent: Agent, seed: int = 0, replicas: Replicas = ALONE, compiler: Compiler = compiled):
         self.cfg, self.agent, self.replicas = cfg, agent, replicas
         self.device = agent.normalizer.obs_mean.device
         self.policy = copy.deepcopy(agent.policy)                                   # trained; agent.policy is its running average
@@ -62,7 +64,7 @@ class Learner:
         if isinstance(self.policy, LatentPolicy):
             self.policy_loss = partial(self.policy.loss, agent.world_model, agent.critic)
         if uses_compile(cfg) and cfg.resources.learner_precision == "fp32":         # torch 2.13 generates invalid code for bf16 backward passes
-            self.model_loss, self.policy_loss = compiled(self.model_loss, "the learner"), compiled(self.policy_loss, "the policy learner")
+            self.model_loss, self.policy_loss = compiler(self.model_loss, "the learner"), compiler(self.policy_loss, "the policy learner")
         w = cfg.world_model
         encoder = list(agent.world_model.encoder.parameters())
         rest = [p for p in agent.world_model.parameters() if not any(p is e for e in encoder)] + list(agent.critic.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
 
 
 def uses_compile(cfg: Config) -> bool:
-    """Decided by the settings alone, never by the clock: the same settings give the same results, serially, under Ray and after a resume."""
+    """Decided by the settings alone, never by the clock: in one process the same settings give the same results, also after a resume."""
     if cfg.resources.compile != "auto":
         return bool(cfg.resources.compile)
     online = cfg.online.updates_per_step * cfg.online.env_steps
@@ -70,6 +71,40 @@ def compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
                 works = False
                 tell(f"modip: {what} runs uncompiled: {type(error).__name__}: {str(error).splitlines()[0]}")
         return function(*args)
+    return call
+
+
+def beside(work: Callable[[], None], what: str) -> threading.Thread:
+    """Compile in a thread of its own; where this machine cannot, one line on stderr says so and `what` stays as it is."""
+    threads = torch.get_num_threads()                                               # a thread's own number, and what the code is compiled for
+
+    def run() -> None:
+        torch.set_num_threads(threads)
+        try:
+            work()
+        except (*compile_errors(), RuntimeError, OSError) as error:
+            tell(f"modip: {what} stays uncompiled: {type(error).__name__}: {str(error).splitlines()[0]}")
+    thread = threading.Thread(target=run, name=f"compile {what}", daemon=True)
+    thread.start()
+    return thread
+
+
+def compiled_beside(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """As `compiled`, but nobody waits: calls run uncompiled until a thread, begun by the first of them, has compiled the function for such arguments.
+
+    When that is done is for the clock to say, so two runs with the same settings differ in the last digits.
+    """
+    now, thread = function, None
+
+    def call(*args: Any) -> Any:
+        def work() -> None:
+            nonlocal now
+            fast = compiled(function, what)
+            fast(*args)
+            now = fast
+        nonlocal thread
+        thread = thread or beside(work, what)
+        return now(*args)
     return call
 
 

@@ -11,7 +11,7 @@ import threading
 import torch
 
 from modip_ray.model.diffusion import DiffusionPolicy
-from modip_ray.model.hardware import compile_errors, compiled, tell
+from modip_ray.model.hardware import beside, compiled
 from modip_ray.planning.search import Search
 
 EXAMPLE_ROWS = 48                   # of the call that compiles; any number that is no other size of the networks
@@ -22,17 +22,10 @@ class CompileBeside:
 
     def __init__(self, search: Search):
         self.search, self.ready = search, threading.Event()
-        self.threads = torch.get_num_threads()
-        self.thread = threading.Thread(target=self.work, name="compile planner", daemon=True)
-        self.thread.start()
+        self.thread = beside(self.work, "the planner")
 
     def work(self) -> None:
-        torch.set_num_threads(self.threads)                                         # a thread's own number, and what the code is compiled for
-        try:
-            rollout, denoise = self.compile()
-        except (*compile_errors(), RuntimeError, OSError) as error:
-            tell(f"modip: the planner stays uncompiled: {type(error).__name__}: {str(error).splitlines()[0]}")
-            return
+        rollout, denoise = self.compile()
         if denoise is not None:
             self.search.agent.policy.denoise = denoise
         self.search.rollout = rollout                                               # last: planning/graphs.py sees by it that both are there

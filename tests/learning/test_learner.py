@@ -1,15 +1,18 @@
 import copy
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from modip_ray.config import load
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment
 from modip_ray.model.agent import Agent
+from modip_ray.model.hardware import beside, compiled_beside
 
 TINY = ["policy.width=32", "policy.blocks=1", "policy.horizon=2", "policy.n_action_steps=1", "policy.denoising_steps=8", "policy.sampling_steps=4",
         "policy.lr=2e-3", "policy.ema=0.99", "policy.parametrization=sample", "planner.horizon=2", "planner.n_action_steps=1", "planner.proposal_steps=2",
@@ -33,14 +36,14 @@ def linear_system(seed: int, episodes: int = 100, steps: int = 6, terminated: bo
     return buffer
 
 
-def make_learner(*overrides: str, seed: int = 0) -> Learner:
+def make_learner(*overrides: str, seed: int = 0, **others) -> Learner:
     torch.manual_seed(0)
     cfg = load(overrides=[*TINY, *overrides])
     agent = Agent(cfg, 2, 2)
     data = linear_system(0).arrays
     agent.normalizer.fit(data["obs"], np.full(2, -2.0), np.full(2, 2.0), 0.01)
     agent.world_model.reward_scale.fill_(2 * float(data["reward"].std()))
-    return Learner(cfg, agent, seed)
+    return Learner(cfg, agent, seed, **others)
 
 
 def draw(buffer, rng, rows=64, horizon=3, n_step=3):
@@ -242,3 +245,36 @@ def test_every_rule_updates_on_mixed_batches(rule, parametrization):
     out = learner.update_policy(mixed.chunks(64, 2, 3, 0.5), distil=True)
     assert np.isfinite(float(out["loss/policy"])) and 0 <= float(out["distill/share"]) <= 1
     assert all(torch.isfinite(p).all() for p in learner.policy.parameters())
+
+
+# ---- compiled beside
+
+def compiling() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("compile ")]
+
+
+def test_updates_are_made_at_once_and_go_on_compiled_when_that_is_ready():
+    """Eight updates, half of them before the compiler is done: the weights are those of a learner that never compiles, within rounding."""
+    short = ("world_model.horizon=1", "planner.horizon=1")                         # a small graph
+    learner = make_learner(*short, "resources.compile=true", compiler=compiled_beside)
+    plain, buffer, rng = make_learner(*short), linear_system(1), np.random.default_rng(0)
+    before = counters["stats"]["unique_graphs"]
+    for part in range(2):
+        for _ in range(4):
+            batch = draw(buffer, rng, horizon=1)
+            for each in (learner, plain):
+                each.update_model(batch)
+        if part == 0:
+            for thread in compiling():
+                thread.join(240)
+    assert counters["stats"]["unique_graphs"] > before
+    assert not compiling()
+    for mine, other in zip(learner.agent.parameters(), plain.agent.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-4)
+
+
+def test_what_cannot_be_compiled_beside_runs_on_as_it_is(capsys):
+    def refuse():
+        raise RuntimeError("no compiler here")
+    beside(refuse, "the test").join(60)
+    assert capsys.readouterr().err == "modip: the test stays uncompiled: RuntimeError: no compiler here\n"
