@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from modip_ray.learning.learner import Learner
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.live import newest_state, write_snapshot
 from modip_ray.learning.replay_server import shard_updates
-from modip_ray.learning.updater import Updater, learner_state, load_learner, load_parts
+from modip_ray.learning.updater import State, Updater, learner_state, load_learner, load_parts
 from modip_ray.model.hardware import compiled_beside, prepare_process
 from modip_ray.model.networks import flat_vector
 from modip_ray.timing import Timer
@@ -71,6 +71,7 @@ class LearnerActor:
         self.sent: deque[ray.ObjectRef] = deque()
         self.writer, self.writing, self.snapshot_at = ThreadPoolExecutor(1, "snapshot"), Future(), time.monotonic()
         self.writing.set_result(None)
+        self.copy: dict[Stream, State] | None = None
         self.incidents: list[str] = []
 
     @ray.method(**PULSE)
@@ -150,7 +151,9 @@ class LearnerActor:
         return self.learner.agent.flat(part)
 
     def state(self) -> dict[str, np.ndarray]:
-        return learner_state(self.learner, [self.stream])[self.stream] | {"shard_updates": np.array(self.batches.used)}
+        """A copy, valid until the next one: nothing may still be written from it then."""
+        self.copy = learner_state(self.learner, [self.stream], self.copy)
+        return self.copy[self.stream] | {"shard_updates": np.array(self.batches.used)}
 
     def keep_snapshot(self) -> None:
         """Copy the state and write it beside the updates. One that cannot be written is said, and no reason to stop."""
@@ -164,6 +167,8 @@ class LearnerActor:
             self.writing = self.writer.submit(write_snapshot, self.live, f"learner_{self.stream}", self.state())
 
     def save(self, folder: str) -> int:
+        with self.timer("wait/snapshot"):
+            wait([self.writing])                                                    # of the copy that is filled again now
         write_state(Path(folder), f"learner_{self.stream}", self.state())
         return self.updater.count(self.stream)
 

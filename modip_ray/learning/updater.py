@@ -82,7 +82,8 @@ class Updater:
     def take_snapshot(self, stream: Stream) -> None:
         """Weights that are not finite make none: the one before stays."""
         if math.isfinite(largest(learner_tensors(self.learner, stream).values())) or stream not in self.snapshots:
-            self.snapshots[stream] = Snapshot(self.count(stream), learner_state(self.learner, [stream])[stream])
+            before = {stream: self.snapshots[stream].state} if stream in self.snapshots else None
+            self.snapshots[stream] = Snapshot(self.count(stream), learner_state(self.learner, [stream], before)[stream])
             self.roll_backs[stream] = 0
 
     def roll_back(self, stream: Stream, streak: int, batch: Mapping[str, np.ndarray]) -> None:
@@ -113,8 +114,12 @@ def part_of(name: str) -> Stream:
     return "policy" if name.startswith(("agent.policy.", "policy_raw.", "policy_opt.", "rng")) else "model"
 
 
-def learner_state(learner: Learner, streams: Iterable[Stream] = STREAMS) -> dict[Stream, State]:
-    """Weights, running averages, optimiser moments and step counts, generator and counters, by the stream that trains them."""
+def learner_state(learner: Learner, streams: Iterable[Stream] = STREAMS, into: Mapping[Stream, State] | None = None) -> dict[Stream, State]:
+    """Weights, running averages, optimiser moments and step counts, generator and counters, by the stream that trains them.
+
+    into: what an earlier call returned and nobody needs any more; its arrays are written over, where they fit, instead of new ones made. Megabytes that
+    are copied and freed every few seconds leave gaps that a process grows by.
+    """
     arrays: State = {}
     for module_name, module in learner.modules().items():
         arrays |= {f"{module_name}.{k}": t.detach().cpu().numpy() for k, t in module.state_dict().items()}
@@ -122,11 +127,18 @@ def learner_state(learner: Learner, streams: Iterable[Stream] = STREAMS) -> dict
         for i, moments in opt.state_dict()["state"].items():
             arrays |= {f"{opt_name}.{i}.{k}": torch.as_tensor(t).detach().cpu().numpy() for k, t in moments.items()}
     arrays["rng"] = learner.rng.get_state().numpy()
-    parts: dict[Stream, State] = {s: {k: v.copy() for k, v in arrays.items() if part_of(k) == s} for s in streams}
+    parts: dict[Stream, State] = {s: {k: copied(v, into[s].get(k) if into else None) for k, v in arrays.items() if part_of(k) == s} for s in streams}
     for s, part in parts.items():
         part["updates"] = np.array(learner.updates if s == "model" else learner.policy_updates)
         part["guard"] = learner.guards[s].recent.cpu().numpy().copy()
     return parts
+
+
+def copied(value: np.ndarray, over: np.ndarray | None) -> np.ndarray:
+    if over is None or over.shape != value.shape or over.dtype != value.dtype:
+        return value.copy()
+    np.copyto(over, value)
+    return over
 
 
 def load_learner(learner: Learner, stream: Stream, state: Mapping[str, np.ndarray]) -> None:

@@ -59,7 +59,7 @@ def compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
     otherwise spend more on them than on a small product.
     """
     fast = torch.compile(function, fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
-    backward_too = functorch.patch(force_non_lazy_backward_lowering=True)           # its errors show here, not in backward(); each new patch would stay in memory
+    backward_too = functorch.patch(force_non_lazy_backward_lowering=True)           # its errors show here; one for all calls: torch never frees a patch
     works = True
 
     def call(*args: Any) -> Any:

@@ -42,7 +42,7 @@ ROLES = {                           # processes, by the names of <run>/live/proc
     "learner_policy": "the policy's learner", "planner": "the planners", "evaluator": "the evaluators", "rollout": "the rollout workers",
 }
 RESTARTED = tuple(role for role in ROLES if role not in ("driver", "rollout"))      # by Ray; the others end the run, or are replaced
-LEARNER = ("replay", "collection")
+LEARNER = ("replay", "collection", "snapshot")
 WAITS = {"driver": ("learners", "flush"), "learner_model": LEARNER, "learner_policy": LEARNER, "rollout": ("planner", "learning"),
          "replay": ("collection", "learning"), "store": ("weights",)}
 SYSTEM = {

@@ -194,6 +194,19 @@ def test_save_and_resume_equals_going_on(parts, tmp_path):
     assert any(k.startswith("model_opt") for k in a) and any(k.startswith("policy_raw") for k in a) and "agent.policy.out.2.weight" in a
 
 
+def test_a_learners_state_is_copied_over_an_earlier_copy(parts):
+    updater, replay = fresh(parts)
+    go_on(updater, replay, 1)
+    first = learner_state(updater.learner)
+    kept = {stream: dict(part) for stream, part in first.items()}
+    go_on(updater, replay, 1)
+    new, again = learner_state(updater.learner), learner_state(updater.learner, into=first)
+    for stream, part in again.items():
+        assert part.keys() == new[stream].keys()
+        for key, value in part.items():
+            assert np.array_equal(value, new[stream][key]) and (value is kept[stream][key] or key in ("updates", "guard")), key
+
+
 def test_a_checkpoint_of_other_networks_is_refused(parts):
     updater, _ = fresh(parts)
     state = learner_state(updater.learner)["model"]
