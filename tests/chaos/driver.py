@@ -15,7 +15,7 @@ COUNTERS = ("env_steps", "updates", "policy_updates")
 
 def check_driver(trial: Trial) -> None:
     """In turn: anywhere in the online phase, inside a checkpoint write, and while the run is still starting."""
-    kills, resumed, inside = trial.pick(3, 20), 0, 0
+    kills, resumed, inside = trial.pick(2, 20), 0, 0
     run = trial.point("run", log__checkpoint_every_s=0.5, log__audit=True, log__keep_checkpoints=2)
     counters = [dict.fromkeys(COUNTERS, 0)]
     with run, Ledger(run.path) as ledger:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 
 from tests.chaos.harness import Run, Trial, hurt
 from tests.chaos.ledger import Ledger
@@ -13,21 +14,25 @@ FOR_GOOD = "learner_model"          # never woken: the kill must reach a stopped
 
 
 def check_frozen(trial: Trial) -> None:
-    silent, times = trial.pick(5.0, 15.0), trial.pick(1, 3)
+    silent, times = 15.0, 3
     run = trial.point("run", log__audit=True, resources__silent_s=silent)
-    replaced = {role: [] for role in ROLES}
     with run, Ledger(run.path) as ledger:
         run.wait_for_steps(300)
-        for role in trial.rng.sample(ROLES * times, len(ROLES) * times):
-            replaced[role].append(round(freeze(run, trial, role), 1))
-            run.wait_for_steps(run.position()["env_steps"] + 100)
-        run.watch(2.0)                                                              # for late answers
-        status = run.stop()
+        freeze_roles(run, trial, ROLES * times)
+        trial.stop(run)
         audit = ledger.check(trial)
-    trial.figures |= {"silent_s": silent, "frozen": times * len(ROLES), "slowest_s": max(max(s) for s in replaced.values()), "replaced_after_s": replaced,
-                      "late_stored": len(audit.late), "retired": audit.retired, "incidents": run.incidents()}
+    trial.figures |= {"silent_s": silent, "late_stored": len(audit.late), "retired": audit.retired, "incidents": run.incidents()}
     trial.demand(audit.retired >= times, f"{times} workers were frozen, {audit.retired} incarnations are retired in the journal")
-    trial.demand(status == 0 and not run.rows("resume"), f"exit status {status}, {len(run.rows('resume'))} restarts of the job")
+
+
+def freeze_roles(run: Run, trial: Trial, roles: Sequence[str]) -> None:
+    """In random order; each time the run has to go on before the next."""
+    replaced = {role: [] for role in roles}
+    for role in trial.rng.sample(roles, len(roles)):
+        replaced[role].append(round(freeze(run, trial, role), 1))
+        run.wait_for_steps(run.position()["env_steps"] + 100)
+    run.watch(2.0)                                                                  # for late answers
+    trial.figures |= {"frozen": len(roles), "replaced_within_s": max(max(s) for s in replaced.values()), "replaced_after_s": replaced}
 
 
 def freeze(run: Run, trial: Trial, role: str) -> float:

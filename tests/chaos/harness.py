@@ -220,6 +220,12 @@ class Trial:
         if not holds:
             self.missed.append(what)
 
+    def stop(self, run: Run) -> None:
+        """SIGTERM, and the demand that every test ends with: it was one run all the time, and ended in order."""
+        status = run.stop()
+        self.figures["job_restarts"] = restarts = len(run.rows("resume"))
+        self.demand(status == 0 and not restarts, f"exit status {status}, {restarts} restarts of the job")
+
     def demo(self, name: str, **settings: Any) -> Run:
         """The demo with a short offline phase and without end; its data are collected once for all tests that have episodes of the same length."""
         cache = self.folder.parent / f"demo_{settings.get('task__max_episode_steps', 1000)}.hdf5"

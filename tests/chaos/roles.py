@@ -13,31 +13,31 @@ PROGRESS = {"planner": "env_steps", "replay": "env_steps", "learner_model": "upd
 
 
 def check_roles(trial: Trial) -> None:
-    """The demo (fast: the tiny task), with evaluations beside the training. Serving again: a new process answers, and the counter that it drives rises.
+    """The demo, with evaluations beside the training. Serving again: a new process answers, and the counter that it drives rises.
 
     Segments are short, as the counters rise by whole segments and all environments begin theirs together: with 200 steps each that is every 3,200 steps.
     """
-    times = trial.pick(1, 5)
-    run = trial.pick(trial.point, trial.demo)("run", log__audit=True, eval__every_steps=1000, eval__every_episodes=1,
-                                              task__max_episode_steps=trial.pick(30, 200), rollout__segment_length=20)
-    served = {role: [] for role in ROLES}
+    run = trial.demo("run", log__audit=True, eval__every_steps=1000, eval__every_episodes=1, task__max_episode_steps=200, rollout__segment_length=20)
     with run, Ledger(run.path) as ledger:
         run.wait_for_steps(600)
-        for role in trial.rng.sample(ROLES * times, len(ROLES) * times):
-            run.watch(trial.rng.uniform(0.0, 3.0))
-            served[role].append(round(kill(run, role), 1))
-        evaluations = len(run.rows("eval"))
-        run.wait("an evaluation after the last kill", lambda: len(run.rows("eval")) > evaluations)
-        status = run.stop()
+        kill_roles(run, trial)
+        trial.stop(run)
         ledger.check(trial)
+
+
+def kill_roles(run: Run, trial: Trial) -> None:
+    times, served, before = trial.pick(1, 5), {role: [] for role in ROLES}, {role: run.gauge(f"{role}/restarts") for role in ROLES}
+    for role in trial.rng.sample(ROLES * times, len(ROLES) * times):
+        run.watch(trial.rng.uniform(0.0, trial.pick(1.0, 3.0)))
+        served[role].append(round(kill(run, role), 1))
+    evaluations = len(run.rows("eval"))
+    run.wait("an evaluation after the last kill", lambda: len(run.rows("eval")) > evaluations)
     slowest = {role: max(seconds) for role, seconds in served.items()}
-    trial.figures |= {"kills": times * len(ROLES), "slowest_s": max(slowest.values()), "serves_again_s": served, "job_restarts": len(run.rows("resume")),
-                      "incidents": run.incidents()}
+    trial.figures |= {"kills": times * len(ROLES), "slowest_s": max(slowest.values()), "serves_again_s": served, "incidents": run.incidents()}
     for role, seconds in slowest.items():
         trial.demand(seconds <= SERVES_WITHIN_S, f"{role} served again after {seconds:g} s, allowed are {SERVES_WITHIN_S:g}")
-        restarts = run.gauge(f"{role}/restarts")
+        restarts = run.gauge(f"{role}/restarts") - before[role]
         trial.demand(restarts == times, f"{role} was killed {times} times, {restarts:g} restarts are counted")
-    trial.demand(status == 0 and not run.rows("resume"), f"exit status {status}, {len(run.rows('resume'))} restarts of the job")
 
 
 def kill(run: Run, role: str) -> float:

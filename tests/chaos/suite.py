@@ -16,6 +16,7 @@ from tests.chaos.nodes import check_nodes
 from tests.chaos.roles import check_roles
 from tests.chaos.serial import check_serial
 from tests.chaos.soak import check_soak
+from tests.chaos.together import check_together
 from tests.chaos.workers import check_workers
 
 
@@ -43,3 +44,5 @@ TESTS: dict[str, Callable[[Trial], None]] = {
     "workers": check_workers, "roles": check_roles, "driver": check_driver, "serial": check_serial, "nodes": check_nodes, "frozen": check_frozen,
     "environments": check_environments, "disk": disk, "damage": damage, "configs": configs, "soak": check_soak,
 }
+FAST_ONLY: dict[str, Callable[[Trial], None]] = {"together": check_together}       # workers, roles, frozen, soak
+LANES = (("together", "nodes"), ("driver", "serial", "environments", "disk", "damage", "configs"))      # of the fast suite, side by side
