@@ -23,6 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
 from modip_ray.config import nearest
+from modip_ray.report.scores import duration
 from modip_ray.runfolder import RunError
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
@@ -143,14 +144,9 @@ def table(jobs: list[JobDetails]) -> str:
         ended = (job.end_time / 1000) if job.end_time else time.time()
         entrypoint = job.entrypoint.removeprefix("exec ")
         rows.append((str(job.submission_id), name_of(job), str(job.status.value), time.strftime("%m-%d %H:%M:%S", time.localtime(begun)),
-                     duration(ended - begun), entrypoint if len(entrypoint) <= 80 else entrypoint[:77] + "..."))
+                     duration(max(0.0, ended - begun)), entrypoint if len(entrypoint) <= 80 else entrypoint[:77] + "..."))
     widths = [max(len(row[k]) for row in rows) for k in range(5)]
     return "\n".join("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[5]]) for row in rows)
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(int(max(0.0, seconds)), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 # ---- submit, follow, cancel ------------------------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ A study goes on from them where its run folders are gone: runs found there are n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import write_synced
+from modip_ray.report.metrics import live_rows, read_metrics
 from modip_ray.runfolder import read_summary, saved_config
 from modip_ray.study.spec import Cell
 
@@ -42,12 +42,9 @@ def keep(cell: Cell) -> None:
     write_synced(cell.kept / "summary.json", json.dumps(read_summary(cell.folder), indent=1))
 
 
-def evaluations(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a run's metrics that learning curves are made of."""
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics that learning curves are made of, less those that a resume made void."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [row for row in live_rows(read_metrics(folder)) if row["kind"] == "eval"]
     except FileNotFoundError:
-        return
-    for line in lines:
-        if '"eval"' in line and (row := json.loads(line)).get("kind") == "eval":
-            yield row
+        return []

@@ -108,11 +108,13 @@ def test_a_study_goes_on_from_what_was_kept(tmp_path, monkeypatch):
     start, run, *_ = s.cells()
     put_summary(run, 100, 120, 150, np.random.default_rng(0))
     (run.folder / "config.yaml").write_text(run.cfg.dump())
-    (run.folder / "metrics.jsonl").write_text('{"kind": "train", "loss": 1}\n{"kind": "eval", "mode": "mpc", "env_steps": 400, "wall_s": 9.0, "mean": 150.0}\n')
+    first, void, last = ({"kind": "eval", "mode": "mpc", "env_steps": n, "updates": n, "wall_s": 9.0, "mean": 150.0} for n in (100, 200, 300))
+    rows = [{"kind": "train", "loss": 1}, first, void, {"kind": "resume", "env_steps": 150, "updates": 150}, last]
+    (run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     keep(run)
     for name in run.folder.iterdir():
         name.unlink()
-    assert outcome(run) == run.kept and [r["kind"] for r in evaluations(run.kept)] == ["eval"] and outcome(start) is None
+    assert outcome(run) == run.kept and [r["env_steps"] for r in evaluations(run.kept)] == [100, 300] and outcome(start) is None
     began = []
     monkeypatch.setattr("modip_ray.study.run.run_cells", lambda todo, at_once, stop: began.extend(todo) or [])
     found = run_study(s)
