@@ -6,6 +6,8 @@ A study goes on from them where its run folders are gone: runs found there are n
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.report.metrics import live_rows, read_metrics
 from modip_ray.runfolder import read_summary, saved_config
-from modip_ray.study.spec import Cell
+from modip_ray.study.spec import Cell, Study
 
 
 def outcome(cell: Cell) -> Path | None:
@@ -40,6 +42,15 @@ def keep(cell: Cell) -> None:
     write_synced(cell.kept / "config.yaml", (cell.folder / "config.yaml").read_text())
     write_synced(cell.kept / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in evaluations(cell.folder)))
     write_synced(cell.kept / "summary.json", json.dumps(read_summary(cell.folder), indent=1))
+
+
+def keep_results(study: Study, pictures: Sequence[str]) -> None:
+    """results.json as the kept folder's name with .json, for who reads it by program; table and curves into that folder."""
+    folder = Path(str(study.kept))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_synced(folder.with_suffix(".json"), (study.folder / "results.json").read_text())
+    for name in ("results.md", *pictures):
+        shutil.copyfile(study.folder / name, folder / name)
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:

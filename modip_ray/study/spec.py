@@ -39,7 +39,7 @@ class Cell:
 class Study:
     """One study. Settings are dotted, as on the command line; where two say the same field, the later of settings, tasks, methods counts.
 
-    tasks   : {name in configs/tasks: settings}
+    tasks   : {name in configs/tasks: settings}; with another name of one's own, the settings say which: {lift: {task: lift-ph}}
     methods : {name: settings}; the first one is the study's own, the others are compared with it. One with pretrain.start: null does its own pre-training,
               so that its BC is another
     """
@@ -71,12 +71,17 @@ class Study:
         folder = self.folder / task / method / f"seed_{seed}"
         own = {"online.env_steps": 0, "eval.episodes": 1} if start is None else {"pretrain.start": str(start.folder), **self.methods[method]}
         try:
-            cfg = load(None, [f"task={task}"]).replace({**self.settings, **self.tasks[task], **own, "seed": seed, "run_dir": str(folder)})
+            settings = {**self.settings, **self.tasks[task], **own, "seed": seed, "run_dir": str(folder)}
+            cfg = load(None, [f"task={self.task_of(task)}"]).replace({k: v for k, v in settings.items() if k != "task"})
             if start is not None and cfg.data.cache is None and rolls_out(cfg.data.source):
                 cfg = cfg.replace({"data.cache": str(start.folder / "data.hdf5")})
         except ConfigError as error:
             raise ConfigError(f"task {task}, method {method}: {error}") from error
         return Cell(task, method, seed, folder, cfg, start, Path(self.kept) / task / method / f"seed_{seed}" if self.kept else None)
+
+    def task_of(self, name: str) -> str:
+        """The name in configs/tasks of one of the study's tasks."""
+        return self.tasks[name].get("task", name)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -122,18 +127,19 @@ def build_study(tree: Mapping[str, Any], source: str, name: str) -> Study:
         if not entries:
             raise ConfigError(f"{source}: {group}: names none; at least one is needed")
         for key, settings in entries.items():
-            if known is not None and key not in known:
-                raise ConfigError(f"{source}: {group}: unknown task {key!r}{nearest(str(key), known)}")
             if not isinstance(key, str) or not NAME.fullmatch(key) or key == START:
                 raise ConfigError(f"{source}: {group}: got the name {key!r}; names become folders: text of letters, digits, '_', '.', '-', and not {START!r}")
             if not isinstance(settings, Mapping):
                 raise ConfigError(f"{source}: {group}.{key}: got {settings!r}, expected a mapping of dotted settings, e.g. {{planner.iterations: 0}}")
+            if known is not None and (task := settings.get("task", key)) not in known:
+                raise ConfigError(f"{source}: {group}: unknown task {task!r}{nearest(str(task), known)}")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds) or not all(isinstance(s, int) and s >= 0 for s in study.seeds):
         raise ConfigError(f"{source}: seeds: got {study.seeds!r}, expected a list of different whole numbers, e.g. [0, 1, 2]")
     if study.at_once < 1:
         raise ConfigError(f"{source}: at_once: got {study.at_once}, must be at least 1")
     for key in ("run_dir", "seed", "task", "pretrain.start"):
         for group in (study.settings, *study.tasks.values(), *study.methods.values()):
-            if key in group and not (key == "pretrain.start" and group[key] is None and group in study.methods.values()):
+            named = key == "task" and group in study.tasks.values()
+            if key in group and not named and not (key == "pretrain.start" and group[key] is None and group in study.methods.values()):
                 raise ConfigError(f"{source}: {key} is set by the study itself; remove it")
     return study

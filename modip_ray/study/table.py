@@ -14,10 +14,10 @@ import numpy as np
 
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.learning.evaluation import MODES
-from modip_ray.report.published import NOTE, published_for
+from modip_ray.report.published import NOTE, Published, published_for
 from modip_ray.report.scores import ROWS, duration, interval, number
 from modip_ray.runfolder import command_line, git_commit, machine, read_summary, versions
-from modip_ray.study.kept import outcome
+from modip_ray.study.kept import keep_results, outcome
 from modip_ray.study.spec import Cell, Study
 from modip_ray.tasks.scores import normalized_score
 
@@ -92,6 +92,8 @@ def write_results(study: Study) -> dict[str, Any]:
     pictures = write_curves(study)
     write_synced(study.folder / "results.md", markdown(found, pictures))
     write_synced(study.folder / "results.json", json.dumps(found, indent=1))
+    if study.kept is not None and found["tasks"]:
+        keep_results(study, pictures)
     print(f"{study.folder / 'results.md'}", flush=True)
     return found
 
@@ -106,8 +108,8 @@ def score_cell(entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None =
     return f"{number(entry['mean'])} [{interval(entry['ci95'])}]{times}"
 
 
-def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A table of one task: a row a method."""
+def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Published | None) -> list[str]:
+    """A table of one task: a row a method. paper: what is published of it."""
     have = {m: found[task] for m, found in methods.items() if task in found}
     if not have:
         return [f"## {task}", "", "no run is done yet", ""]
@@ -122,7 +124,6 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]]) -> list[str]
                  " / ".join(number(r[mode]["normalized"] if mode in r else None) for mode in MODES), f"{r['env_steps']:,}",
                  f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
         lines.append("| " + " | ".join(cells) + " |")
-    paper = published_for(task)
     if paper is not None:
         others = ", ".join(f"{method} {score}" for method, score in paper.others)
         lines += ["", f"Paper: BC {paper.bc}, MODIP {paper.modip}, {others}."]
@@ -133,8 +134,8 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
     lines = [f"# Study {found['study']['out']}", "", f"`{found['command']}`, git {found['git'][:12]}, {found['machine']['cpus']} cores", "",
              f"{ROWS['bc']}: the diffusion policy before fine-tuning; DP-only: the same network after it; MPC-acting: the planner. Mean [95 % interval], times "
              f"BC. All methods of a training seed go on from the same pre-training and are evaluated on the same seeds. {NOTE}", ""]
-    for task in found["study"]["tasks"]:
-        lines += task_lines(task, found["methods"])
+    for task, settings in found["study"]["tasks"].items():
+        lines += task_lines(task, found["methods"], published_for(settings.get("task", task)))
     if found["over_tasks"]:
         lines += ["## All tasks", "", "Interquartile mean of normalised scores [95 % interval, stratified bootstrap over training seeds].", "",
                   "| method | " + " | ".join(ROWS[mode] for mode in MODES) + " |", "|" + "---|" * (1 + len(MODES))]

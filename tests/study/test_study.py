@@ -49,6 +49,8 @@ def test_every_seed_has_one_start_that_its_methods_share(tmp_path):
 
 @pytest.mark.parametrize("fields, message", [
     ({"tasks": {"halfcheetah-medum": {}}}, "halfcheetah-medium"),
+    ({"tasks": {"mine": {"task": "lift-hp"}}}, "'lift-hp'.*did you mean 'lift-ph'"),
+    ({"settings": {"task": "lift-ph"}}, "task is set by the study itself"),
     ({"methods": {"start": {}}}, "not 'start'"),
     ({"methods": {}}, "names none"),
     ({"methods": {"../x": {}}}, "folders"),
@@ -62,6 +64,11 @@ def test_every_seed_has_one_start_that_its_methods_share(tmp_path):
 def test_a_wrong_file_is_named(tmp_path, fields, message):
     with pytest.raises(ConfigError, match=message):
         study(tmp_path, **fields)
+
+
+def test_a_task_may_have_another_name(tmp_path):
+    cell = study(tmp_path, tasks={"lift": {"task": "lift-ph", "online.env_steps": 70}}).cells()[1]
+    assert cell.name == "lift/modip/seed_0" and cell.cfg.task.metric == "success" and cell.cfg.online.env_steps == 70
 
 
 def test_a_wrong_setting_of_a_method_is_named_before_anything_runs(tmp_path):
@@ -119,7 +126,8 @@ def test_a_study_goes_on_from_what_was_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("modip_ray.study.run.run_cells", lambda todo, at_once, stop: began.extend(todo) or [])
     found = run_study(s)
     assert [c.name for c in began] == [c.name for c in s.cells()[2:]] and found["tasks"][TASK]["seeds_done"] == 1
-    assert (s.folder / f"curves_{TASK}.png").is_file()
+    assert (s.folder / f"curves_{TASK}.png").is_file() and (tmp_path / "kept" / f"curves_{TASK}.png").is_file()
+    assert json.loads((tmp_path / "kept.json").read_text())["tasks"] == found["tasks"]
     assert outcome(study(tmp_path / "out", kept=str(tmp_path / "kept"), settings=SMALL | {"critic.width": 24}).cells()[1]) is None
     (run.kept / "config.yaml").write_text("critic: {gone: 1}\n")                    # a setting that this version does not have
     assert outcome(run) is None
