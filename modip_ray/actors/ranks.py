@@ -27,6 +27,7 @@ from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.parallel import ALONE, Meeting, Place, ReplicaLost, join, meeting, place_of
 from modip_ray.learning.updater import State, Updater, learner_state, load_learner, load_parts
 from modip_ray.model.hardware import compiled_beside, prepare_process
+from modip_ray.oneline import first_line
 from modip_ray.timing import Timer
 
 IN_FLIGHT = 2                       # updates that a rank may be behind rank 0's orders
@@ -96,7 +97,7 @@ class Ranks:
         try:
             self.replicas = join(where, 0, size, store, lost=leave)
         except RuntimeError as error:
-            leave(f"its processes do not find each other: {str(error).splitlines()[0]}")
+            leave(f"its processes do not find each other: {first_line(error)}")
         self.get(joining)
 
     def begin(self, learner: Learner) -> None:

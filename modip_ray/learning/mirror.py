@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import DONE, Checkpoint, CheckpointError, folders, verified
+from modip_ray.oneline import first_line
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -40,13 +41,9 @@ def file_system(address: str) -> tuple[FileSystem, str]:
         try:
             fs, path = fsspec.core.url_to_fs(address)
         except (ValueError, ImportError, OSError) as other:
-            raise ConfigError(f"{SETTING}: got {address!r}, which neither pyarrow ({short(error)}) nor fsspec ({short(other)}) can open; give a folder, or an "
-                              "address such as s3://BUCKET/PATH or gs://BUCKET/PATH") from other
+            raise ConfigError(f"{SETTING}: got {address!r}, which neither pyarrow ({first_line(error)}) nor fsspec ({first_line(other)}) can open; give a "
+                              "folder, or an address such as s3://BUCKET/PATH or gs://BUCKET/PATH") from other
         return PyFileSystem(FSSpecHandler(fs)), path
-
-
-def short(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class Mirror:
@@ -63,7 +60,7 @@ class Mirror:
             self.write(PROBE, b"")
             self.fs.delete_file(f"{self.root}/{PROBE}")
         except OSError as error:
-            raise ConfigError(f"{SETTING}: {self.address} cannot be written ({short(error)}); check the address, the rights and the credentials, which "
+            raise ConfigError(f"{SETTING}: {self.address} cannot be written ({first_line(error)}); check the address, the rights and the credentials, which "
                               "come from the environment as the storage's own tools take them") from error
 
     def write(self, name: str, content: bytes) -> None:
@@ -179,7 +176,7 @@ class Mirroring:
             return None
         self.sending = Future()
         self.sending.set_result(0)
-        return f"a checkpoint could not be sent to {self.mirror.address} ({short(error)}); the next one will be tried"
+        return f"a checkpoint could not be sent to {self.mirror.address} ({first_line(error)}); the next one will be tried"
 
     def finish(self) -> str | None:
         """Wait for what is on its way, and send the newest checkpoint and what is beside it now; what went wrong, if anything did."""

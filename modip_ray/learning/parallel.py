@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from modip_ray.oneline import first_line
+
 LOOPBACK = "127.0.0.1"
 
 
@@ -67,7 +69,7 @@ class Replicas:
         try:
             dist.all_reduce(flat)
         except RuntimeError as error:
-            reason = f"process {self.rank} of {self.size} lost the others: {str(error).splitlines()[0]}"
+            reason = f"process {self.rank} of {self.size} lost the others: {first_line(error)}"
             if self.lost is not None:
                 self.lost(reason)
             raise ReplicaLost(reason) from error

@@ -12,6 +12,7 @@ import torch
 from torch._functorch import config as functorch
 
 from modip_ray.config import Config
+from modip_ray.oneline import first_line
 
 COMPILE_FROM = 200_000              # updates of a run that repay about a minute of compiling
 
@@ -70,7 +71,7 @@ def compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
                     return fast(*args)
             except compile_errors() as error:
                 works = False
-                tell(f"modip: {what} runs uncompiled: {type(error).__name__}: {str(error).splitlines()[0]}")
+                tell(f"modip: {what} runs uncompiled: {type(error).__name__}: {first_line(error)}")
         return function(*args)
     return call
 
@@ -84,7 +85,7 @@ def beside(work: Callable[[], None], what: str) -> threading.Thread:
         try:
             work()
         except Exception as error:                                                  # noqa: BLE001 - said, and what it was for goes on without it
-            tell(f"modip: {what} stays uncompiled: {type(error).__name__}: {str(error).splitlines()[0]}")
+            tell(f"modip: {what} stays uncompiled: {type(error).__name__}: {first_line(error)}")
     thread = threading.Thread(target=run, name=f"compile {what}", daemon=True)
     thread.start()
     return thread
