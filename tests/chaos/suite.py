@@ -45,4 +45,4 @@ TESTS: dict[str, Callable[[Trial], None]] = {
     "environments": check_environments, "disk": disk, "damage": damage, "configs": configs, "soak": check_soak,
 }
 FAST_ONLY: dict[str, Callable[[Trial], None]] = {"together": check_together}       # workers, roles, frozen, soak
-LANES = (("together", "nodes"), ("driver", "serial", "environments", "disk", "damage", "configs"))      # of the fast suite, side by side
+LANES = (("together", "nodes", "disk"), ("driver", "serial", "environments", "damage", "configs"))      # of the fast suite, side by side
