@@ -22,7 +22,7 @@ from modip_ray.learning.checkpoint import write_synced
 from modip_ray.report.scores import duration
 from modip_ray.runfolder import command_line, git_commit, machine
 from tests.chaos.harness import Trial, kill_marked, mark
-from tests.chaos.suite import FAST_ONLY, LANES, TESTS
+from tests.chaos.suite import FAST_ONLY, LANES, TESTS, TOGETHER
 
 ALL = TESTS | FAST_ONLY
 SHOWN = 12                          # figures of a test in the table
@@ -68,7 +68,7 @@ def run_tests(args: argparse.Namespace) -> list[dict[str, Any]]:
     work = Path(args.keep) if args.keep else Path(tempfile.mkdtemp(prefix="chaos_", dir="/tmp"))      # sockets need a short path
     entries = []
     try:
-        for name in args.only or TESTS:
+        for name in dict.fromkeys("together" if args.fast and name in TOGETHER else name for name in args.only or TESTS):
             entries.append(run_test(name, work, args.fast, args.seed))
             print_entry(entries[-1])
             if args.json is not None:

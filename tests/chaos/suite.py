@@ -44,5 +44,6 @@ TESTS: dict[str, Callable[[Trial], None]] = {
     "workers": check_workers, "roles": check_roles, "driver": check_driver, "serial": check_serial, "nodes": check_nodes, "frozen": check_frozen,
     "environments": check_environments, "disk": disk, "damage": damage, "configs": configs, "soak": check_soak,
 }
-FAST_ONLY: dict[str, Callable[[Trial], None]] = {"together": check_together}       # workers, roles, frozen, soak
+FAST_ONLY: dict[str, Callable[[Trial], None]] = {"together": check_together}
+TOGETHER = ("workers", "roles", "frozen", "soak")       # the tests that it stands for
 LANES = (("together", "nodes", "disk"), ("driver", "serial", "environments", "damage", "configs"))      # of the fast suite, side by side
