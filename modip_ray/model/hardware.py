@@ -6,6 +6,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,14 +99,16 @@ def compiled_beside(function: Callable[..., Any], what: str) -> Callable[..., An
     """
     now, thread = function, None
 
+    def compile_for(args: tuple[Any, ...]) -> None:
+        nonlocal now
+        fast = compiled(function, what)
+        fast(*args)
+        now = fast
+
     def call(*args: Any) -> Any:
-        def work() -> None:
-            nonlocal now
-            fast = compiled(function, what)
-            fast(*args)
-            now = fast
         nonlocal thread
-        thread = thread or beside(work, what)
+        if thread is None:
+            thread = beside(partial(compile_for, args), what)
         return now(*args)
     return call
 

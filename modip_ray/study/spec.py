@@ -71,23 +71,25 @@ class Study:
         folder = self.folder / task / method / f"seed_{seed}"
         own = {"online.env_steps": 0, "eval.episodes": 1} if start is None else {"pretrain.start": str(start.folder), **self.methods[method]}
         try:
-            settings = {**self.settings, **self.tasks[task], **own, "seed": seed, "run_dir": str(folder)}
-            cfg = load(None, [f"task={self.task_of(task)}"]).replace({k: v for k, v in settings.items() if k != "task"})
+            of_task = {k: v for k, v in self.tasks[task].items() if k != "task"}
+            base = load(None, [f"task={task_of(task, self.tasks[task])}"])
+            cfg = base.replace({**self.settings, **of_task, **own, "seed": seed, "run_dir": str(folder)})
             if start is not None and cfg.data.cache is None and rolls_out(cfg.data.source):
                 cfg = cfg.replace({"data.cache": str(start.folder / "data.hdf5")})
         except ConfigError as error:
             raise ConfigError(f"task {task}, method {method}: {error}") from error
         return Cell(task, method, seed, folder, cfg, start, Path(self.kept) / task / method / f"seed_{seed}" if self.kept else None)
 
-    def task_of(self, name: str) -> str:
-        """The name in configs/tasks of one of the study's tasks."""
-        return self.tasks[name].get("task", name)
-
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def dump(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def task_of(name: str, settings: Mapping[str, Any]) -> str:
+    """The name in configs/tasks of a study's task."""
+    return settings.get("task", name)
 
 
 def load_study(file: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -131,15 +133,16 @@ def build_study(tree: Mapping[str, Any], source: str, name: str) -> Study:
                 raise ConfigError(f"{source}: {group}: got the name {key!r}; names become folders: text of letters, digits, '_', '.', '-', and not {START!r}")
             if not isinstance(settings, Mapping):
                 raise ConfigError(f"{source}: {group}.{key}: got {settings!r}, expected a mapping of dotted settings, e.g. {{planner.iterations: 0}}")
-            if known is not None and (task := settings.get("task", key)) not in known:
+            if known is not None and (task := task_of(key, settings)) not in known:
                 raise ConfigError(f"{source}: {group}: unknown task {task!r}{nearest(str(task), known)}")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds) or not all(isinstance(s, int) and s >= 0 for s in study.seeds):
         raise ConfigError(f"{source}: seeds: got {study.seeds!r}, expected a list of different whole numbers, e.g. [0, 1, 2]")
     if study.at_once < 1:
         raise ConfigError(f"{source}: at_once: got {study.at_once}, must be at least 1")
-    for key in ("run_dir", "seed", "task", "pretrain.start"):
-        for group in (study.settings, *study.tasks.values(), *study.methods.values()):
-            named = key == "task" and group in study.tasks.values()
-            if key in group and not named and not (key == "pretrain.start" and group[key] is None and group in study.methods.values()):
+    free = [(study.settings, ""), *((s, "task") for s in study.tasks.values()),            # the one key of these that a group may have after all
+            *((s, "pretrain.start" if s.get("pretrain.start", START) is None else "") for s in study.methods.values())]
+    for group, allowed in free:
+        for key in ("run_dir", "seed", "task", "pretrain.start"):
+            if key in group and key != allowed:
                 raise ConfigError(f"{source}: {key} is set by the study itself; remove it")
     return study

@@ -18,7 +18,7 @@ from modip_ray.report.published import NOTE, Published, published_for
 from modip_ray.report.scores import ROWS, duration, interval, number
 from modip_ray.runfolder import command_line, git_commit, machine, read_summary, versions
 from modip_ray.study.kept import keep_results, outcome
-from modip_ray.study.spec import Cell, Study
+from modip_ray.study.spec import Cell, Study, task_of
 from modip_ray.tasks.scores import normalized_score
 
 RESAMPLES = 5_000
@@ -135,7 +135,7 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
              f"{ROWS['bc']}: the diffusion policy before fine-tuning; DP-only: the same network after it; MPC-acting: the planner. Mean [95 % interval], times "
              f"BC. All methods of a training seed go on from the same pre-training and are evaluated on the same seeds. {NOTE}", ""]
     for task, settings in found["study"]["tasks"].items():
-        lines += task_lines(task, found["methods"], published_for(settings.get("task", task)))
+        lines += task_lines(task, found["methods"], published_for(task_of(task, settings)))
     if found["over_tasks"]:
         lines += ["## All tasks", "", "Interquartile mean of normalised scores [95 % interval, stratified bootstrap over training seeds].", "",
                   "| method | " + " | ".join(ROWS[mode] for mode in MODES) + " |", "|" + "---|" * (1 + len(MODES))]
