@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import pickle
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -222,17 +223,18 @@ def table(rows: Sequence[Row], before: Mapping[str, bench_history.Earlier] | Non
 
 
 def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds: float = 1.0, overrides: Sequence[str] = (),
-              tdmpc2: Path | None = None) -> list[Row]:
+              tdmpc2: Path | None = None, processor_time: bool = False) -> list[Row]:
     """Measure the groups in `what` ("all": every one), print a table each, write JSON when asked. ValueError on an unknown group.
 
     seconds: time for each timed function; overrides: dotted settings that differ from configs/default.yaml.
     tdmpc2: a checkout of TD-MPC2 that planner and learner are also timed against.
+    processor_time: calls are timed by the processor time of this process, which other work on the machine hardly changes. Not for a GPU, nor for e2e and scale.
     """
     for name in what:
         if name not in (*BENCHES, "all"):
             raise ValueError(f"unknown benchmark {name!r}{nearest(name, list(BENCHES))}; known: {', '.join(BENCHES)}, all")
     names = list(BENCHES) if "all" in what else list(dict.fromkeys(what))
-    setting = Setting(load(overrides=overrides), seconds)
+    setting = Setting(load(overrides=overrides), seconds, time.process_time if processor_time else time.perf_counter)
     rows: list[Row] = []
     before, threads = bench_history.earlier(), torch.get_num_threads()
     prepare_process(1)
@@ -264,6 +266,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", metavar="FILE", help="write the rows there, with machine, git commit and versions")
     p.add_argument("--seconds", type=float, default=1.0, help="time for each timed function (default 1)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that differs from the defaults, e.g. planner.gaussian=128")
+    p.add_argument("--processor-time", action="store_true", help="time calls by processor time: for a machine that does other work, too")
     p.add_argument("--against", type=Path, metavar="PATH", help="a checkout of TD-MPC2: planner and learner at its shapes, by turns with its own")
     return p
 
@@ -271,7 +274,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
-        run_bench(args.what, args.json, args.seconds, args.set, args.against)
+        run_bench(args.what, args.json, args.seconds, args.set, args.against, args.processor_time)
     except ValueError as error:                     # an unknown group or setting: the message says it all
         parser().error(str(error))
 

@@ -37,10 +37,11 @@ def compared(name: str, value: float, unit: str, reference: float, against: str)
 
 @dataclass(frozen=True)
 class Setting:
-    """What every measurement gets: the settings, and the seconds it may take for each function that it times."""
+    """What every measurement gets: the settings, the seconds it may take for each function that it times, and the clock for that."""
 
     cfg: Config
     seconds: float
+    clock: Callable[[], float] = time.perf_counter
 
     def medians(self, *functions: Callable[[], object]) -> list[float]:
         """Median seconds of a call of each. Calls take turns, so that a busy machine slows all of them alike."""
@@ -50,9 +51,9 @@ class Setting:
         end = time.perf_counter() + self.seconds * len(functions)
         while time.perf_counter() < end or len(times[0]) < CALLS_AT_LEAST:
             for function, measured in zip(functions, times, strict=True):
-                start = time.perf_counter()
+                start = self.clock()
                 function()
-                measured.append(time.perf_counter() - start)
+                measured.append(self.clock() - start)
         return [statistics.median(t) for t in times]
 
     @cached_property
