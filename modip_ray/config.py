@@ -99,12 +99,13 @@ class Critic:
     td_lambda: float
     updates_per_update: int
     weight: float
-    target: Literal["value", "policy_q"]
+    target: Literal["value", "policy_q", "planned_q"]
     target_reduce: Literal["mean", "min_two"]
 
 
 @dataclass(frozen=True)
 class Planner:
+    kind: Literal["mppi", "action_values"]
     horizon: int
     n_action_steps: int
     proposals: int
@@ -121,6 +122,7 @@ class Planner:
     replicas: int
     tail: Literal["value", "policy_q"]
     first_round: Literal["elites", "wide"]
+    step_size: float
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Distill:
     min_gain: float
     beta: float
     reanalyze: float
+    q_weight: float
     online_share_start: float
     online_share_end: float
 

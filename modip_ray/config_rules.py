@@ -106,9 +106,9 @@ def model_rules(cfg: Config) -> None:
     need(w.latent % w.simnorm_group == 0, "world_model.latent", w.latent, f"must be a multiple of world_model.simnorm_group={w.simnorm_group}")
     need(cfg.learner.explodes > 1, "learner.explodes", cfg.learner.explodes, "must be above 1: a multiple of the usual gradient norm")
     need(cfg.critic.updates_per_update == 1 or cfg.critic.target == "value", "critic.updates_per_update", cfg.critic.updates_per_update,
-         "must be 1 where critic.target is policy_q: only V is updated more often")
+         "must be 1 unless critic.target is value: only V is updated more often")
     if cfg.critic.target_reduce == "min_two":
-        need(cfg.critic.target == "policy_q", "critic.target_reduce", "min_two", "is of action values: it needs critic.target: policy_q")
+        need(cfg.critic.target != "value", "critic.target_reduce", "min_two", "is of action values: it needs critic.target: policy_q or planned_q")
         need(cfg.critic.members >= 2, "critic.members", cfg.critic.members, "must be at least 2 for critic.target_reduce: min_two")
     if p.kind == "tdmpc2":
         asks = f"critic.target: {cfg.critic.target}, planner.tail: {cfg.planner.tail}"
@@ -118,7 +118,24 @@ def model_rules(cfg: Config) -> None:
         need(cfg.distill.reanalyze == 0, "distill.reanalyze", cfg.distill.reanalyze, "must be 0 for policy.kind: tdmpc2, which imitates nothing")
         need(cfg.resources.learner_replicas == 1, "resources.learner_replicas", cfg.resources.learner_replicas,
              "must be 1 for policy.kind: tdmpc2, whose scale of Q is of one process's rows")
+        need(cfg.planner.kind == "mppi", "planner.kind", cfg.planner.kind, "must be mppi for policy.kind: tdmpc2")
+    action_value_rules(cfg)
     need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
+
+
+def action_value_rules(cfg: Config) -> None:
+    """What asks Q about single actions (baselines/parl.py, dql.py)."""
+    p, target = cfg.planner, cfg.critic.target
+    if p.kind == "action_values":
+        need(target != "value", "planner.kind", "action_values with critic.target: value", "but it asks Q, which critic.target: policy_q or planned_q trains")
+        need(p.elites <= p.proposals, "planner.elites", p.elites, f"must not exceed planner.proposals={p.proposals}, of which they are the best")
+        need(p.n_action_steps == 1, "planner.n_action_steps", p.n_action_steps, "must be 1 for planner.kind: action_values: Q is of single actions")
+        need(p.gaussian == 0, "planner.gaussian", p.gaussian, "must be 0 for planner.kind: action_values, which draws from the policy only")
+    if cfg.distill.q_weight:
+        need(target != "value", "distill.q_weight", cfg.distill.q_weight, "needs Q, which critic.target: policy_q or planned_q trains")
+        need(cfg.policy.kind == "diffusion", "distill.q_weight", cfg.distill.q_weight, "must be 0 unless policy.kind is diffusion")
+    for name, used in (("critic.target: planned_q", target == "planned_q"), ("distill.q_weight", cfg.distill.q_weight > 0)):
+        need(not used or cfg.resources.learner_replicas == 1, "resources.learner_replicas", cfg.resources.learner_replicas, f"must be 1 for {name}")
 
 
 def planner_rules(cfg: Config) -> None:

@@ -40,7 +40,8 @@ def belongs(key: str, names: Sequence[str]) -> bool:
 def offline_differences(saved: Config, cfg: Config) -> list[str]:
     """Settings that differ and that the offline phase depends on."""
     a, b = flat(saved), flat(cfg)
-    return [k for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k) and not belongs(k, ONLINE_ONLY + ELSEWHERE)]
+    free = ELSEWHERE + tuple(k for k in ONLINE_ONLY if k not in ("planner.", "guard.") or cfg.critic.target != "planned_q")
+    return [k for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k) and not belongs(k, free)]
 
 
 def start_checkpoint(run: Path) -> Checkpoint:

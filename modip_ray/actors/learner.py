@@ -109,7 +109,7 @@ class LearnerActor:
         """
         with self.timer("publish"):
             self.publish()
-        if self.stream == "policy" or self.cfg.critic.target == "policy_q":
+        if self.stream == "policy" or self.cfg.critic.target != "value":
             with self.timer("pull"):
                 self.pull()
         self.exchanged_at = time.monotonic()

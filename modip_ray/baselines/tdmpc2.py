@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modip_ray.config import Config
 from modip_ray.model.networks import mlp
-from modip_ray.model.policy_critic import PolicyCritic
+from modip_ray.model.policy_critic import PolicyCritic, asked
 from modip_ray.model.world_model import WorldModel
 
 LOG_STD = (-10.0, 2.0)              # least and largest logarithm of the spread before tanh
@@ -73,8 +73,7 @@ class LatentPolicy(nn.Module):
             z = model.rollout(model.encode(obs), chunk)[0][:, :-1].float()         # (B, H, Dz)
         mean, log_std = self(z)                                                     # (B, H, Da)
         action = (mean + log_std.exp() * noise).tanh()
-        frozen = {name: p.detach() for name, p in critic.q.named_parameters()}
-        q = critic.decode(torch.func.functional_call(critic.q, frozen, (torch.cat([z, action], -1),))).mean(0)                # (B, H)
+        q = asked(critic, z, action).mean(0)                                        # (B, H)
         self.follow(q[:, 0].detach())
         entropy = self.action_dim * (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)        # (B, H)
         rho = self.rho ** torch.arange(q.shape[1], device=q.device)                 # (H,)

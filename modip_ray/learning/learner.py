@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modip_ray.baselines import dql
 from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.learning.distill import imitation_weights
@@ -59,12 +60,16 @@ class Learner:
         self.updates, self.policy_updates = 0, 0                                    # skipped ones included
         self.guards: dict[Stream, UpdateGuard] = {s: UpdateGuard(cfg.learner.explodes, self.device) for s in STREAMS}
         self.value_guard = UpdateGuard(cfg.learner.explodes, self.device)           # where V is bad, the next world-model update says so
-        self.reanalyze = Reanalyze(cfg, agent, self.rng) if cfg.distill.reanalyze else None
+        self.reanalyze = Reanalyze(cfg, agent, self.rng) if cfg.distill.reanalyze or cfg.critic.target == "planned_q" else None
         self.model_loss, self.policy_loss = self.world_model_and_value_loss, self.policy.loss
         if isinstance(self.policy, LatentPolicy):
             self.policy_loss = partial(self.policy.loss, agent.world_model, agent.critic)
+        self.online_loss = self.policy_loss
+        if cfg.distill.q_weight:
+            self.online_loss = partial(dql.loss, self.policy, agent.world_model, agent.critic, cfg.distill.q_weight, cfg.policy.sampling_steps)
         if uses_compile(cfg) and cfg.resources.learner_precision == "fp32":         # torch 2.13 generates invalid code for bf16 backward passes
             self.model_loss, self.policy_loss = compiler(self.model_loss, "the learner"), compiler(self.policy_loss, "the policy learner")
+            self.online_loss = compiler(self.online_loss, "the policy learner") if cfg.distill.q_weight else self.policy_loss
         w = cfg.world_model
         encoder = list(agent.world_model.encoder.parameters())
         rest = [p for p in agent.world_model.parameters() if not any(p is e for e in encoder)] + list(agent.critic.parameters())
@@ -166,6 +171,9 @@ class Learner:
             start = noise(obs.shape[1], 1, policy.horizon, policy.action_dim)       # (B, H+1, 1, chunk, Da)
             actions = self.agent.first_action(obs.flatten(0, 1), start.flatten(0, 1), self.cfg.policy.sampling_steps)
             found["policy_action"] = actions.view(*obs.shape[:-1], -1)              # (B, H+1, Da)
+        if self.cfg.critic.target == "planned_q":
+            obs = norm.obs(b["bootstrap_obs"])
+            found["policy_action"] = self.reanalyze.plan(obs.flatten(0, 1), self.env_steps()).plan[:, 0].view(*obs.shape[:-1], -1)
         if self.cfg.critic.target_reduce == "min_two":
             found["heads"] = torch.randperm(self.cfg.critic.members, generator=self.rng, device=self.device)[:2]
         if self.agent.critic.policy is not None:
@@ -188,14 +196,14 @@ class Learner:
         plain = not distil or self.cfg.distill.rule == "all"                        # every row counts 1: no value is asked for
         weight = torch.ones(len(obs), device=self.device) if plain else self.weights(b, obs)          # (B,)
         mask, metrics = b["mask"], {}
-        if distil and self.reanalyze is not None:
+        if distil and self.cfg.distill.reanalyze:
             chunk, mask, planned = self.reanalyze(obs, chunk, mask, b["online"], self.env_steps())
             weight = torch.where(planned, 1.0, weight)
             metrics["distill/reanalyzed"] = planned.float().mean()
         t = torch.randint(self.policy.denoising_steps, (len(obs),), generator=self.rng, device=self.device)
         noise = torch.randn(chunk.shape, generator=self.rng, device=self.device)
         total = self.replicas.share((weight[:, None] * mask).sum())
-        loss = self.with_precision(self.policy_loss, *map(self.replicas.own, (obs, chunk, weight, mask, t, noise)), total)
+        loss = self.with_precision(self.online_loss if distil else self.policy_loss, *map(self.replicas.own, (obs, chunk, weight, mask, t, noise)), total)
         metrics["loss/policy"] = loss.detach().clone()
         norm, skipped = self.step(self.policy_opt, loss, metrics, self.guards["policy"], self.policy_updates)
         self.policy_updates += 1

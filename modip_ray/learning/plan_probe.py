@@ -6,6 +6,7 @@ Symbols: B decisions, E critic members, N candidates, P proposals, H horizon, Da
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -24,17 +25,20 @@ SCALARS = ("plan_spread", "plan_spread_rejected", "plan_candidates_std", "plan_d
 Probed = dict[str, list[float]]     # one value a decision
 
 
-class Watched(Search):
-    """A search that keeps all candidates it scores: the proposals first, then the warm start, Gaussian ones by round, last the refined plan."""
+Scored = list[tuple[Tensor, Tensor]]        # candidates (B, N, H, Da) and what each critic member says of them (E, B, N)
 
-    def __init__(self, search: Search):
-        super().__init__(search.cfg, search.agent, search.bf16)
-        self.scored: list[tuple[Tensor, Tensor]] = []
 
-    def returns(self, z: Tensor, actions: Tensor) -> Tensor:
-        members = super().returns(z, actions)
-        self.scored.append((actions, members))
+def watched(search: Search) -> tuple[Search, Scored]:
+    """The same search, and the candidates that it will score: the proposals first, then the warm start, Gaussian ones by round, last the refined plan."""
+    seen: Scored = []
+    observed = copy.copy(search)
+
+    def returns(z: Tensor, actions: Tensor) -> Tensor:
+        members = search.returns(z, actions)
+        seen.append((actions, members))
         return members
+    observed.returns = returns                                                      # type: ignore[method-assign]
+    return observed, seen
 
 
 class PlanProbe:
@@ -98,15 +102,15 @@ class PlanProbe:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=rng, device=device)
         noise = Noise(normal(len(s), p.proposals, policy.horizon, policy.action_dim), normal(len(s), p.iterations, p.gaussian, p.horizon, policy.action_dim))
-        watched = Watched(self.planner.search)
-        plan = watched(s, noise, warm, has_warm, torch.tensor(self.planner.trust_region(), device=device)).plan
-        members = torch.cat([m for _, m in watched.scored], -1)                     # (E, B, N+1), the refined plan last
+        search, scored = watched(self.planner.search)
+        plan = search(s, noise, warm, has_warm, torch.tensor(self.planner.trust_region(), device=device)).plan
+        members = torch.cat([m for _, m in scored], -1)                             # (E, B, N+1), the refined plan last
         gain = members - members[..., : p.proposals].mean(-1, keepdim=True)
         spread = gain.std(0) if len(gain) > 1 else torch.full_like(gain[0], torch.nan)                                         # (B, N+1)
-        scores = watched.guarded_gain(members, members[..., : p.proposals].mean(-1))[:, :-1]
+        scores = search.guarded_gain(members, members[..., : p.proposals].mean(-1))[:, :-1]
         no_elite = torch.ones_like(scores, dtype=torch.bool).scatter(1, scores.topk(min(p.elites, scores.shape[1])).indices, False)
         return {"plan_spread": spread[:, -1], "plan_spread_rejected": spread[:, :-1].where(no_elite, torch.nan).nanmean(1),
-                "plan_candidates_std": gain[..., :-1].mean(0).std(1), **distances(plan, watched.scored[0][0])}
+                "plan_candidates_std": gain[..., :-1].mean(0).std(1), **distances(plan, scored[0][0])}
 
 
 def distances(plan: Tensor, proposals: Tensor) -> dict[str, Tensor]:

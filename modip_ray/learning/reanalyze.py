@@ -1,4 +1,5 @@
-"""Lazy reanalyze (BMPC, 2503.18871): rows of a policy batch are planned anew with the weights of now, and imitated in place of what was done then.
+"""The planner asked by the learner, with the weights of now. Lazy reanalyze (BMPC, 2503.18871): rows of a policy batch are planned anew and imitated in place
+of what was done then; PA-RL: so are all rows, and the critic's targets ask for the planner's action (critic.target: planned_q).
 
 BMPC plans few rows and writes the result back into the replay; here a share of every batch is planned and nothing is written back, so the replay stays
 what the environments saw. B rows, H horizon of a chunk, Da action size.
@@ -12,8 +13,8 @@ from torch import Tensor
 from modip_ray.config import Config
 from modip_ray.model.agent import Agent
 from modip_ray.model.hardware import uses_bf16
-from modip_ray.planning.planner import trust_region
-from modip_ray.planning.search import Noise, Search
+from modip_ray.planning.planner import make_search, trust_region
+from modip_ray.planning.search import Found, Noise
 
 
 class Reanalyze:
@@ -21,29 +22,35 @@ class Reanalyze:
 
     def __init__(self, cfg: Config, agent: Agent, rng: torch.Generator):
         self.cfg, self.rng, self.device = cfg, rng, agent.normalizer.obs_mean.device
-        self.search = Search(cfg, agent, uses_bf16(cfg.resources.precision, self.device))
+        self.search = make_search(cfg, agent, uses_bf16(cfg.resources.precision, self.device))
 
     @torch.no_grad()
     def __call__(self, obs: Tensor, chunk: Tensor, mask: Tensor, online: Tensor, env_steps: float) -> tuple[Tensor, Tensor, Tensor]:
         """obs (B, Do) normalised, chunk (B, H, Da), mask (B, H), online (B,) bool -> chunk and mask, with the plan where there is a new one, and where (B,).
 
-        The first distill.reanalyze of the online rows (rows lie at random) are planned; a plan counts where the guard lets it through.
+        The first distill.reanalyze of the online rows (rows lie at random) are planned, of all rows where the planner is PA-RL's; a plan counts where the
+        guard lets it through.
         """
         p, planned = self.cfg.planner, torch.zeros_like(online)
-        rows = online.nonzero()[:, 0]
+        rows = (online if p.kind == "mppi" else torch.ones_like(online)).nonzero()[:, 0]
         rows = rows[:round(self.cfg.distill.reanalyze * len(rows))]
         if not len(rows):
             return chunk, mask, planned
-        policy, n = self.search.agent.policy, len(rows)
-        noise = Noise(self.noise(n, p.proposals, policy.horizon, policy.action_dim), self.noise(n, p.iterations, p.gaussian, p.horizon, policy.action_dim))
-        cold = torch.zeros(n, p.horizon, policy.action_dim, device=self.device), torch.zeros(n, dtype=torch.bool, device=self.device)
-        found = self.search(obs[rows], noise, *cold, torch.tensor(trust_region(self.cfg, env_steps), device=self.device))
+        found = self.plan(obs[rows], env_steps)
         chunk, mask, planned[rows] = chunk.clone(), mask.clone(), found.accepted
         own = torch.zeros_like(mask[0])
         own[:p.horizon] = 1                                                         # a plan may be shorter than the policy's chunk
         chunk[rows, :p.horizon] = torch.where(found.accepted[:, None, None], found.plan, chunk[rows, :p.horizon])
         mask[rows] = torch.where(found.accepted[:, None], own, mask[rows])
         return chunk, mask, planned
+
+    @torch.no_grad()
+    def plan(self, obs: Tensor, env_steps: float) -> Found:
+        """obs (B, Do) normalised."""
+        p, policy, n = self.cfg.planner, self.search.agent.policy, len(obs)
+        noise = Noise(self.noise(n, p.proposals, policy.horizon, policy.action_dim), self.noise(n, p.iterations, p.gaussian, p.horizon, policy.action_dim))
+        cold = torch.zeros(n, p.horizon, policy.action_dim, device=self.device), torch.zeros(n, dtype=torch.bool, device=self.device)
+        return self.search(obs, noise, *cold, torch.tensor(trust_region(self.cfg, env_steps), device=self.device))
 
     def noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.rng, device=self.device)

@@ -1,6 +1,7 @@
 """The critic that asks the policy, for comparison: action values Q(z, a) beside V(z), as in TD-MPC2 (arXiv 2310.16828). E members, B rows.
 
 critic.target: policy_q    targets bootstrap from Q_target(z', a'), a' an action that the acting diffusion policy draws for the observation behind z'
+critic.target: planned_q   a' is what the planner would do there (PA-RL; baselines/parl.py)
 planner.tail: policy_q     a plan ends in Q(z_H, pi(z_H)). No observation belongs to a latent that was only imagined, so pi is a second diffusion
                            policy, conditioned on the latent and trained on the same rows with the same loss; it starts from no noise, so that a
                            score depends on the candidate alone. None where the acting policy takes latents itself (policy.kind: tdmpc2)
@@ -19,7 +20,13 @@ from modip_ray.model.networks import EnsembleMLP
 
 
 def asks_policy(cfg: Config) -> bool:
-    return "policy_q" in (cfg.critic.target, cfg.planner.tail)
+    return cfg.critic.target != "value" or cfg.planner.tail == "policy_q"
+
+
+def asked(critic: PolicyCritic, z: Tensor, action: Tensor) -> Tensor:
+    """Q(z, a) (E, ...) in return units for who maximises it: gradients go to the action, not to Q's weights."""
+    frozen = {name: p.detach() for name, p in critic.q.named_parameters()}
+    return critic.decode(torch.func.functional_call(critic.q, frozen, (torch.cat([z, action], -1),)))
 
 
 class PolicyCritic(ValueEnsemble):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modip_ray.baselines.parl import ActionSearch
 from modip_ray.config import Config
 from modip_ray.model.agent import Agent
 from modip_ray.model.hardware import uses_bf16
@@ -68,8 +69,8 @@ class Planner:
 
     def __init__(self, cfg: Config, agent: Agent, seed: int = 0, timer: Timer | None = None):
         self.device = agent.normalizer.obs_mean.device
-        self.cfg, self.search = cfg, Search(cfg, agent.frozen_copy(), uses_bf16(cfg.resources.precision, self.device))
-        self.find = Buckets(self.search) if self.device.type == "cuda" else self.search
+        self.cfg, self.search = cfg, make_search(cfg, agent.frozen_copy(), uses_bf16(cfg.resources.precision, self.device))
+        self.find = Buckets(self.search) if self.device.type == "cuda" and cfg.planner.kind == "mppi" else self.search
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.warm = WarmStarts(cfg.planner.horizon, agent.action_dim, self.device)
         self.version, self.env_steps = 0, 0
@@ -141,6 +142,11 @@ class Planner:
 
     def trust_region(self) -> tuple[float, float]:
         return trust_region(self.cfg, self.env_steps)
+
+
+def make_search(cfg: Config, agent: Agent, bf16: bool) -> Search:
+    """The search that planner.kind names."""
+    return (Search if cfg.planner.kind == "mppi" else ActionSearch)(cfg, agent, bf16)
 
 
 def trust_region(cfg: Config, env_steps: float) -> tuple[float, float]:

@@ -48,7 +48,7 @@ class Search:
         return torch.autocast(self.agent.normalizer.obs_mean.device.type, torch.bfloat16, enabled=self.bf16)
 
     def search(self, s: Tensor, noise: Noise, warm: Tensor, has_warm: Tensor, limits: Tensor) -> Found:
-        p, g = self.cfg.planner, self.cfg.guard
+        p = self.cfg.planner
         std_max, trust = limits.unbind()
         proposals = self.agent.propose(s, noise.start, p.proposal_steps)[:, :, : p.horizon]      # (B, P, H, Da)
         z = self.agent.world_model.encode(s)                                        # (B, Dz)
@@ -58,10 +58,14 @@ class Search:
         result = mppi(lambda a: self.guarded_gain(self.returns(z, a), reference), proposals, self.guarded_gain(members, reference),
                       warm, has_warm, noise.gaussian, low=low, high=high, n_elites=p.elites, temperature=p.temperature,
                       std_min=p.std_min, std_max=std_max, wide=p.first_round == "wide")
-        gain = self.guarded_gain(self.returns(z, result.mean[:, None]), reference)[:, 0]               # (B,)
+        return self.judged(z, result.mean, result.std, proposals, reference)
+
+    def judged(self, z: Tensor, plan: Tensor, std: Tensor, proposals: Tensor, reference: Tensor) -> Found:
+        """The refined plan (B, H, Da), or the first of the proposals (B, P, H, Da) where its gain over `reference` (E, B) does not pass the guard."""
+        gain = self.guarded_gain(self.returns(z, plan[:, None]), reference)[:, 0]   # (B,)
         gain = torch.where(gain.isfinite(), gain, torch.nan)                        # nothing that can be called a plan, as gains in replay have it
-        accepted = gain > g.min_gain                                                # the guard: else act as the policy would
-        return Found(torch.where(accepted[:, None, None], result.mean, proposals[:, 0]), result.std, gain, accepted)
+        accepted = gain > self.cfg.guard.min_gain                                   # the guard: else act as the policy would
+        return Found(torch.where(accepted[:, None, None], plan, proposals[:, 0]), std, gain, accepted)
 
     def returns(self, z: Tensor, actions: Tensor) -> Tensor:
         """Predicted return by each critic member: z (B, Dz), actions (B, N, H, Da) -> (E, B, N) in return units."""

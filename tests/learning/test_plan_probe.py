@@ -6,7 +6,7 @@ import torch
 
 from modip_ray.learning.build import blank_agent
 from modip_ray.learning.evaluation import Job, run_job
-from modip_ray.learning.plan_probe import DECISIONS, SCALARS, PlanProbe, Watched, distances, summary
+from modip_ray.learning.plan_probe import DECISIONS, SCALARS, PlanProbe, distances, summary, watched
 from modip_ray.planning.planner import Planner
 from modip_ray.planning.search import Noise
 from modip_ray.tasks.episode import Episode
@@ -76,10 +76,10 @@ def test_all_candidates_of_a_search_are_kept_and_its_plan_is_the_same(agent):
     rng = torch.Generator().manual_seed(1)
     noise = Noise(torch.randn(6, p.proposals, CFG.policy.horizon, 2, generator=rng), torch.randn(6, p.iterations, p.gaussian, p.horizon, 2, generator=rng))
     arguments = (torch.randn(6, 4, generator=rng), noise, torch.zeros(6, p.horizon, 2), torch.zeros(6, dtype=torch.bool), torch.tensor([0.2, 0.2]))
-    watched = Watched(planner.search)
+    search, scored = watched(planner.search)
     with torch.inference_mode():
-        assert torch.equal(watched(*arguments).plan, planner.search(*arguments).plan)
-    assert [a.shape[1] for a, _ in watched.scored] == [p.proposals, 1, *([p.gaussian] * p.iterations), 1]
+        assert torch.equal(search(*arguments).plan, planner.search(*arguments).plan)
+    assert [a.shape[1] for a, _ in scored] == [p.proposals, 1, *([p.gaussian] * p.iterations), 1]
 
 
 def test_distances_by_hand():
