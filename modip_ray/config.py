@@ -48,7 +48,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Policy:
-    kind: Literal["diffusion", "gaussian", "tdmpc2"]
+    kind: Literal["diffusion", "gaussian", "tdmpc2", "dsrl"]
     network: Literal["mlp", "unet"]
     horizon: int
     n_action_steps: int

@@ -119,6 +119,12 @@ def model_rules(cfg: Config) -> None:
         need(cfg.resources.learner_replicas == 1, "resources.learner_replicas", cfg.resources.learner_replicas,
              "must be 1 for policy.kind: tdmpc2, whose scale of Q is of one process's rows")
         need(cfg.planner.kind == "mppi", "planner.kind", cfg.planner.kind, "must be mppi for policy.kind: tdmpc2")
+    if p.kind == "dsrl":
+        need(cfg.critic.target == "policy_q", "policy.kind", f"dsrl with critic.target: {cfg.critic.target}", "but its noise follows Q: policy_q")
+        for name, value in (("reanalyze", cfg.distill.reanalyze), ("q_weight", cfg.distill.q_weight)):
+            need(value == 0, f"distill.{name}", value, "must be 0 for policy.kind: dsrl, whose diffusion policy learns offline only")
+        need(cfg.distill.rule == "all", "distill.rule", cfg.distill.rule, "must be all for policy.kind: dsrl, which imitates nothing online")
+        need(cfg.resources.learner_replicas == 1, "resources.learner_replicas", cfg.resources.learner_replicas, "must be 1 for policy.kind: dsrl")
     action_value_rules(cfg)
     need(cfg.critic.bins >= 2, "critic.bins", cfg.critic.bins, "must be at least 2")
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modip_ray.baselines.dsrl import SteeredPolicy
 from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.learning.offline_data import stored_source
@@ -86,6 +87,9 @@ def export_run(run: Path, to: Format, out: Path | None = None, mode: PolicyMode 
     if isinstance(agent.policy, LatentPolicy):
         raise ExportError(f"{run}: its policy (policy.kind: {saved.cfg.policy.kind}) takes the world model's latents, and a file holds policies of "
                           "observations only; act with it by 'modip serve' or modip_ray.load")
+    if isinstance(agent.policy, SteeredPolicy):
+        raise ExportError(f"{run}: its policy (policy.kind: dsrl) starts from noise that a second network draws, which a file does not hold; act with it by "
+                          "'modip serve' or modip_ray.load")
     observations = data_observations(run, saved.cfg)
     policy = RawPolicy(agent.normalizer, agent.policy, saved.cfg.policy.sampling_steps).eval()
     metadata = describe(run, saved, mode, policy, observations)

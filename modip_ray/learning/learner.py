@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modip_ray.baselines import dql
+from modip_ray.baselines.dsrl import SteeredPolicy
 from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.learning.distill import imitation_weights
@@ -64,12 +65,15 @@ class Learner:
         self.model_loss, self.policy_loss = self.world_model_and_value_loss, self.policy.loss
         if isinstance(self.policy, LatentPolicy):
             self.policy_loss = partial(self.policy.loss, agent.world_model, agent.critic)
-        self.online_loss = self.policy_loss
+        own = None
         if cfg.distill.q_weight:
-            self.online_loss = partial(dql.loss, self.policy, agent.world_model, agent.critic, cfg.distill.q_weight, cfg.policy.sampling_steps)
+            own = partial(dql.loss, self.policy, agent.world_model, agent.critic, cfg.distill.q_weight, cfg.policy.sampling_steps)
+        elif isinstance(self.policy, SteeredPolicy):
+            own = partial(self.policy.steer, agent.world_model, agent.critic, cfg.policy.sampling_steps)
         if uses_compile(cfg) and cfg.resources.learner_precision == "fp32":         # torch 2.13 generates invalid code for bf16 backward passes
             self.model_loss, self.policy_loss = compiler(self.model_loss, "the learner"), compiler(self.policy_loss, "the policy learner")
-            self.online_loss = compiler(self.online_loss, "the policy learner") if cfg.distill.q_weight else self.policy_loss
+            own = own and compiler(own, "the policy learner")
+        self.online_loss = own or self.policy_loss                                  # DQL and DSRL train the policy online otherwise than offline
         w = cfg.world_model
         encoder = list(agent.world_model.encoder.parameters())
         rest = [p for p in agent.world_model.parameters() if not any(p is e for e in encoder)] + list(agent.critic.parameters())
@@ -117,7 +121,7 @@ class Learner:
         """
         opt.zero_grad()
         loss.backward()
-        grads, loss = [p.grad for group in opt.param_groups for p in group["params"]], loss.detach()
+        grads, loss = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None], loss.detach()
         self.replicas.average([*grads, loss, *metrics.values()])
         norm = nn.utils.get_total_norm(grads)
         opt.grad_scale = ((norm + 1e-6) / clip).clamp(min=1)

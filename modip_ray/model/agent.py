@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modip_ray.baselines.dsrl import SteeredPolicy
 from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.model.critic import ValueEnsemble
@@ -60,6 +61,14 @@ class Normalizer(nn.Module):
         return self.action_low + (action + 1) / 2 * (self.action_high - self.action_low)
 
 
+def acting_policy(cfg: Config, obs_dim: int, action_dim: int) -> nn.Module:
+    if cfg.policy.kind == "tdmpc2":
+        return LatentPolicy(cfg, action_dim)
+    if cfg.policy.kind == "dsrl":
+        return SteeredPolicy(cfg, obs_dim, action_dim)
+    return make_policy(cfg, obs_dim, action_dim, cfg.policy.horizon)
+
+
 class Agent(nn.Module):
     """The acting modules. The learner keeps its raw policy and the target critic beside it."""
 
@@ -68,8 +77,7 @@ class Agent(nn.Module):
         self.obs_dim, self.action_dim = obs_dim, action_dim
         w, c = cfg.world_model, cfg.critic
         self.normalizer = Normalizer(obs_dim, action_dim)
-        latent = cfg.policy.kind == "tdmpc2"
-        self.policy = LatentPolicy(cfg, action_dim) if latent else make_policy(cfg, obs_dim, action_dim, cfg.policy.horizon)      # the EMA weights
+        self.policy = acting_policy(cfg, obs_dim, action_dim)                       # the EMA weights
         self.world_model = WorldModel(obs_dim, action_dim, w.latent, w.width, w.simnorm_group)
         self.critic = PolicyCritic(cfg, action_dim) if asks_policy(cfg) else ValueEnsemble(w.latent, c.width, c.members, c.head, c.bins, c.bound,
                                                                                            c.expectile)
