@@ -13,7 +13,8 @@ from modip_ray.baselines.dsrl import SteeredPolicy
 from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.model.critic import ValueEnsemble
-from modip_ray.model.gaussian import make_policy
+from modip_ray.model.diffusion import DiffusionPolicy
+from modip_ray.model.gaussian import GaussianPolicy, make_policy
 from modip_ray.model.networks import flat_vector, load_vector
 from modip_ray.model.policy_critic import PolicyCritic, asks_policy
 from modip_ray.model.world_model import WorldModel
@@ -61,7 +62,7 @@ class Normalizer(nn.Module):
         return self.action_low + (action + 1) / 2 * (self.action_high - self.action_low)
 
 
-def acting_policy(cfg: Config, obs_dim: int, action_dim: int) -> nn.Module:
+def acting_policy(cfg: Config, obs_dim: int, action_dim: int) -> LatentPolicy | DiffusionPolicy | GaussianPolicy:
     if cfg.policy.kind == "tdmpc2":
         return LatentPolicy(cfg, action_dim)
     if cfg.policy.kind == "dsrl":
