@@ -38,7 +38,8 @@ class Known:
 
 def make_policy(seed=0):
     torch.manual_seed(seed)
-    return SteeredPolicy(load(overrides=["policy.horizon=2", "planner.horizon=2", "policy.width=32", "policy.blocks=1", "policy.denoising_steps=8", "critic.members=2"]), DO, DA)
+    cfg = load(overrides=["policy.horizon=2", "planner.horizon=2", "policy.width=32", "policy.blocks=1", "policy.denoising_steps=8", "critic.members=2"])
+    return SteeredPolicy(cfg, DO, DA)
 
 
 def arguments(rows=64, seed=0):

@@ -1,7 +1,5 @@
 import copy
-import gc
 import math
-import sys
 import threading
 
 import numpy as np
@@ -14,7 +12,7 @@ from modip_ray.config import load
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment
 from modip_ray.model.agent import Agent
-from modip_ray.model.hardware import beside, compiled, compiled_beside
+from modip_ray.model.hardware import compiled_beside
 
 TINY = ["policy.width=32", "policy.blocks=1", "policy.horizon=2", "policy.n_action_steps=1", "policy.denoising_steps=8", "policy.sampling_steps=4",
         "policy.lr=2e-3", "policy.ema=0.99", "policy.parametrization=sample", "planner.horizon=2", "planner.n_action_steps=1", "planner.proposal_steps=2",
@@ -273,23 +271,3 @@ def test_updates_are_made_at_once_and_go_on_compiled_when_that_is_ready():
     assert not compiling()
     for mine, other in zip(learner.agent.parameters(), plain.agent.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-4)
-
-
-def test_what_cannot_be_compiled_beside_runs_on_as_it_is(capsys):
-    def refuse():
-        raise RuntimeError("no compiler here")
-    beside(refuse, "the test").join(60)
-    assert capsys.readouterr().err == "modip: the test stays uncompiled: RuntimeError: no compiler here\n"
-
-
-def test_calls_of_compiled_code_leave_nothing_in_memory():
-    """torch keeps each new patch of its settings for good: three objects a call, 20 MB an hour in a planner."""
-    double, x = compiled(lambda x: (2 * x).sum(), "the test"), torch.ones(4, requires_grad=True)
-    for _ in range(10):
-        double(x)
-    gc.collect()
-    before = sys.getallocatedblocks()
-    for _ in range(1000):
-        double(x)
-    gc.collect()
-    assert sys.getallocatedblocks() - before < 1000

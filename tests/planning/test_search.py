@@ -1,9 +1,5 @@
 """The fast search against a plain one that is written out step by step, its precision, and its compiled parts."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -104,17 +100,6 @@ def test_the_compiled_search_finds_the_same_and_follows_the_weights(make_planner
     one_row = [x[:1] for x in (args[0], *args[1], args[2], args[3])]
     found = planner.search(one_row[0], Noise(*one_row[1:3]), *one_row[3:], args[4])     # a size that was not compiled for
     torch.testing.assert_close(found.plan, other.search(*args).plan[:1], rtol=1e-3, atol=1e-4)
-
-
-def test_where_nothing_can_be_compiled_the_plain_function_runs_and_says_so_once():
-    """In a process of its own: torch keeps what it found out about the compiler for the life of one."""
-    script = """import torch
-from modip_ray.model.hardware import compiled
-function, x = compiled(lambda x: (2 * x).sin(), "the test"), torch.ones(3)
-assert all(torch.equal(function(x), (2 * x).sin()) for _ in range(2))"""
-    env = os.environ | {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    said = subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True).stderr
-    assert said.count("modip: the test runs uncompiled: ") == 1, said
 
 
 @torch.inference_mode()
