@@ -136,7 +136,12 @@ def action_value_rules(cfg: Config) -> None:
         need(target != "value", "planner.kind", "action_values with critic.target: value", "but it asks Q, which critic.target: policy_q or planned_q trains")
         need(p.elites <= p.proposals, "planner.elites", p.elites, f"must not exceed planner.proposals={p.proposals}, of which they are the best")
         need(p.n_action_steps == 1, "planner.n_action_steps", p.n_action_steps, "must be 1 for planner.kind: action_values: Q is of single actions")
+        again = cfg.distill.reanalyze
+        need(again in (0, 1), "distill.reanalyze", again, "must be 0 or 1 for planner.kind: action_values: of all rows or of none")
+        need(not again or cfg.policy.n_action_steps <= p.horizon, "policy.n_action_steps", cfg.policy.n_action_steps,
+             f"must not exceed planner.horizon={p.horizon} where the policy imitates planner.kind: action_values (distill.reanalyze)")
         need(p.gaussian == 0, "planner.gaussian", p.gaussian, "must be 0 for planner.kind: action_values, which draws from the policy only")
+    need(target != "planned_q" or p.kind == "action_values", "critic.target", "planned_q", f"needs planner.kind: action_values, not {p.kind}")
     if cfg.distill.q_weight:
         need(target != "value", "distill.q_weight", cfg.distill.q_weight, "needs Q, which critic.target: policy_q or planned_q trains")
         need(cfg.policy.kind == "diffusion", "distill.q_weight", cfg.distill.q_weight, "must be 0 unless policy.kind is diffusion")

@@ -214,6 +214,16 @@ class Learner:
         ema_update(self.agent.policy, self.policy, 1 - self.ema_decay())
         return {**metrics, "policy/grad_norm": norm, "distill/share": (weight > 0).float().mean(), SKIPPED: skipped}
 
+    def begin_online(self) -> bool:
+        """Before the first online update of the policy. True where another loss than offline begins with it (DQL, DSRL): its gradients are not measured by
+        the offline ones. DSRL's diffusion policy stays what acted so far, the running average."""
+        if self.online_loss is self.policy_loss:
+            return False
+        if isinstance(self.policy, SteeredPolicy):
+            self.policy.load_state_dict(self.agent.policy.state_dict())
+        self.guards["policy"].reset()
+        return True
+
     def with_precision(self, loss: Callable[..., T], *args: Any) -> T:
         """A loss with its matrix products in bf16 where resources.learner_precision says so; their gradients follow."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.resources.learner_precision == "bf16"):

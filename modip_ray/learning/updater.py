@@ -52,6 +52,8 @@ class Updater:
         count, offline = self.count(stream), self.offline(stream)
         online = count >= offline
         self.learner.set_lr(count / max(offline, 1), online)
+        if stream == "policy" and count == offline and self.learner.begin_online():
+            self.take_snapshot(stream)                                              # a roll-back does not go behind the change of loss
         with self.timer(f"update/{stream}"):
             metrics = self.learner.update_model(batch) if stream == "model" else self.learner.update_policy(batch, distil=online)
         self.rows[stream].append(metrics)

@@ -9,6 +9,8 @@ import torch
 from modip_ray.baselines.dsrl import BOUND, SteeredPolicy
 from modip_ray.config import ConfigError, load
 from modip_ray.export import ExportError, export_run
+from modip_ray.learning.updater import Updater
+from modip_ray.model import hardware
 from modip_ray.model.diffusion import DiffusionPolicy
 from modip_ray.policy import load as load_run
 from modip_ray.run import train
@@ -107,15 +109,23 @@ def test_the_noise_it_learns_becomes_actions_that_q_values():
     assert all(torch.equal(v, policy.state_dict()[k]) for k, v in base.items())
 
 
-def test_online_updates_leave_the_diffusion_policy_alone():
-    learner, rows = make_learner(*(f"{k}={v}" for k, v in DSRL.items())), draw_chunks(linear_system(1), np.random.default_rng(0))
-    learner.update_policy(rows, distil=False)
-    offline = {k: v.clone() for k, v in learner.policy.state_dict().items()}
-    assert float(offline["steering"]) == 0 and float(learner.agent.policy.steering) == 0
-    learner.update_policy(rows, distil=True)
-    moved = {k for k, v in learner.policy.state_dict().items() if not torch.equal(v, offline[k])}
-    assert moved and all(k.startswith((*LEARNED, "steering")) for k in moved)
-    assert float(learner.policy.steering) == 1 and float(learner.agent.policy.steering) > 0, "the acting copy steers, too"
+def test_online_updates_leave_the_acting_diffusion_policy_alone():
+    """Also where the new loss has gradients a thousand times those of the old one; an update that is not made would leave it alone, too."""
+    learner, rows = make_learner(*(f"{k}={v}" for k, v in DSRL.items()), "pretrain.policy_updates=30"), draw_chunks(linear_system(1), np.random.default_rng(0))
+    updater = Updater(learner.cfg, learner)
+    for _ in range(30):
+        updater.update("policy", rows)
+    offline = {k: v.clone() for k, v in learner.agent.policy.state_dict().items()}
+    assert float(offline["steering"]) == 0 and any(not torch.equal(v, learner.policy.state_dict()[k]) for k, v in offline.items()), "an average lags behind"
+    learner.agent.critic.scale.fill_(1e-3)
+    for _ in range(5):
+        updater.update("policy", rows)
+    metrics = updater.take_metrics()
+    assert metrics["guard/skipped_policy"] == 0 and updater.snapshots["policy"].count == 30
+    for policy in (learner.policy, learner.agent.policy):
+        moved = {k for k, v in policy.state_dict().items() if not torch.equal(v, offline[k])}
+        assert any(k.startswith("actor.") for k in moved) and all(k.startswith((*LEARNED, "steering")) for k in moved)
+        assert float(policy.steering) > 0
     assert all(p.grad is None for p in (*learner.agent.world_model.parameters(), *learner.agent.critic.parameters()))
 
 
@@ -130,14 +140,18 @@ def test_settings_that_do_not_go_together_are_refused(wrong, words):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_run_keeps_its_bc_policy_and_goes_on_where_it_stopped(tmp_path, compile):
+def test_a_run_keeps_its_bc_policy_and_goes_on_where_it_stopped(tmp_path, compile, capsys, monkeypatch):
+    monkeypatch.setattr(hardware, "_told", set())
     run = tmp_path / "run"
     cfg = small(run_dir=str(run), serial=True, data__source=str(write_data(tmp_path / "data.hdf5")), online__env_steps=120,
                 resources__compile=compile).replace(DSRL)
     train(cfg, PointEnv)
     summary = train(cfg.replace({"online.env_steps": 200}), PointEnv)
     assert all(math.isfinite(summary["scores"][mode]["mean"]) for mode in ("bc", "policy", "mpc")) and summary["env_steps"] >= 200
-    policies = {mode: load_run(run, mode).planner.agent.policy for mode in ("bc", "policy")}
-    assert float(policies["bc"].steering) == 0 and float(policies["policy"].steering) > 0
+    bc, now = (load_run(run, mode).planner.agent.policy for mode in ("bc", "policy"))
+    assert float(bc.steering) == 0 and float(now.steering) > 0
+    same = {k for k, v in bc.state_dict().items() if torch.equal(v, now.state_dict()[k])}
+    assert same == {k for k in bc.state_dict() if not k.startswith((*LEARNED, "steering"))}
+    assert "uncompiled" not in capsys.readouterr().err
     with pytest.raises(ExportError, match="policy.kind: dsrl.*modip serve"):
         export_run(run, "safetensors")
