@@ -22,7 +22,7 @@ def loss(policy: DiffusionPolicy, model: WorldModel, critic: PolicyCritic, q_wei
     Arguments behind `steps` as of `DiffusionPolicy.loss`; the draw begins with another row's noise.
     """
     denoising = policy.loss(obs, chunk, weight, mask, t, noise, total)
-    action = policy.chain(obs, noise.roll(1, 0)[:, None], steps)[:, 0, 0]           # (B, Da)
+    action = policy.ddim(obs, noise.roll(1, 0)[:, None], steps)[:, 0, 0]           # (B, Da)
     with torch.no_grad():
         z = model.encode(obs).float()                                               # (B, Dz)
     q = asked(critic, z, action)                                                    # (E, B)

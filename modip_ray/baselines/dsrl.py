@@ -50,7 +50,7 @@ class SteeredPolicy(DiffusionPolicy):
     @torch.no_grad()
     def sample(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
         """As `DiffusionPolicy.sample`, from the noise that the actor makes of `noise` once it has been trained."""
-        return self.chain(obs, torch.where(self.steering > 0, self.steered(obs, noise)[0], noise), steps)
+        return self.ddim(obs, torch.where(self.steering > 0, self.steered(obs, noise)[0], noise), steps)
 
     def steer(self, model: WorldModel, critic: PolicyCritic, steps: int, obs: Tensor, chunk: Tensor, weight: Tensor, mask: Tensor, t: Tensor, noise: Tensor,
               total: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class SteeredPolicy(DiffusionPolicy):
         """
         with torch.no_grad():
             self.steering.fill_(1)
-            action = self.chain(obs, noise[:, None], steps)[:, 0, 0]                # (B, Da)
+            action = self.ddim(obs, noise[:, None], steps)[:, 0, 0]                # (B, Da)
             worth = (critic.action_value(model.encode(obs).float(), action) - critic.shift) / critic.scale            # (E, B)
         value = self.noise_q(torch.cat([obs, noise.flatten(1)], -1)).squeeze(-1)    # (E, B)
         drawn, log_likelihood = (x[:, 0] for x in self.steered(obs, noise.roll(1, 0)[:, None]))              # (B, H, Da), (B,)

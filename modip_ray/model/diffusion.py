@@ -108,9 +108,9 @@ class DiffusionPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Deterministic DDIM: obs (B, Do), start noise (B, n, H, Da) -> chunks (B, n, H, Da) in [-1, 1]."""
-        return self.chain(obs, noise, steps)
+        return self.ddim(obs, noise, steps)
 
-    def chain(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
+    def ddim(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
         """As `sample`, with gradients through every step.
 
         The observation is embedded once per row, however many samples and steps follow.
