@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modip_ray.config import Config
 from modip_ray.model.diffusion import DiffusionPolicy
-from modip_ray.model.networks import EnsembleMLP, mlp
+from modip_ray.model.networks import EnsembleMLP, mlp, without_gradient
 from modip_ray.model.policy_critic import PolicyCritic
 from modip_ray.model.world_model import WorldModel
 
@@ -65,8 +65,7 @@ class SteeredPolicy(DiffusionPolicy):
             worth = (critic.action_value(model.encode(obs).float(), action) - critic.shift) / critic.scale            # (E, B)
         value = self.noise_q(torch.cat([obs, noise.flatten(1)], -1)).squeeze(-1)    # (E, B)
         drawn, log_likelihood = (x[:, 0] for x in self.steered(obs, noise.roll(1, 0)[:, None]))              # (B, H, Da), (B,)
-        frozen = {name: p.detach() for name, p in self.noise_q.named_parameters()}
-        of_drawn = torch.func.functional_call(self.noise_q, frozen, (torch.cat([obs, drawn.flatten(1)], -1),)).squeeze(-1)       # (E, B)
+        of_drawn = without_gradient(self.noise_q, torch.cat([obs, drawn.flatten(1)], -1)).squeeze(-1)        # (E, B)
         actor = self.log_temperature.detach().exp() * log_likelihood - of_drawn.amin(0)
         temperature = -self.log_temperature * (log_likelihood.detach() + TARGET_ENTROPY)
         return (value - worth).square().mean() + actor.mean() + temperature.mean()

@@ -170,14 +170,14 @@ class Learner:
         rows = len(b["all_mask"])                                                   # random numbers are drawn for all, and these rows' kept
         def noise(*shape: int) -> Tensor:
             return self.replicas.own(torch.randn(rows, *shape, generator=self.rng, device=self.device))
-        if self.cfg.critic.target == "policy_q":
+        if self.cfg.critic.target != "value":
             obs = norm.obs(b["bootstrap_obs"])                                      # (B, H+1, Do)
-            start = noise(obs.shape[1], 1, policy.horizon, policy.action_dim)       # (B, H+1, 1, chunk, Da)
-            actions = self.agent.first_action(obs.flatten(0, 1), start.flatten(0, 1), self.cfg.policy.sampling_steps)
+            if self.cfg.critic.target == "policy_q":
+                start = noise(obs.shape[1], 1, policy.horizon, policy.action_dim)   # (B, H+1, 1, chunk, Da)
+                actions = self.agent.first_action(obs.flatten(0, 1), start.flatten(0, 1), self.cfg.policy.sampling_steps)
+            else:
+                actions = self.reanalyze.plan(obs.flatten(0, 1), self.env_steps()).plan[:, 0]
             found["policy_action"] = actions.view(*obs.shape[:-1], -1)              # (B, H+1, Da)
-        if self.cfg.critic.target == "planned_q":
-            obs = norm.obs(b["bootstrap_obs"])
-            found["policy_action"] = self.reanalyze.plan(obs.flatten(0, 1), self.env_steps()).plan[:, 0].view(*obs.shape[:-1], -1)
         if self.cfg.critic.target_reduce == "min_two":
             found["heads"] = torch.randperm(self.cfg.critic.members, generator=self.rng, device=self.device)[:2]
         if self.agent.critic.policy is not None:

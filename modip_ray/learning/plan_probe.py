@@ -23,8 +23,6 @@ MOST_BOOTSTRAP = 0.1                # decisions so near a time limit that V make
 SCALARS = ("plan_spread", "plan_spread_rejected", "plan_candidates_std", "plan_distance", "proposal_distance")
 
 Probed = dict[str, list[float]]     # one value a decision
-
-
 Scored = list[tuple[Tensor, Tensor]]        # candidates (B, N, H, Da) and what each critic member says of them (E, B, N)
 
 

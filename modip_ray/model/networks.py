@@ -95,6 +95,11 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
+def without_gradient(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), for who maximises it: gradients go to x, not to the module's weights."""
+    return torch.func.functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (x,))
+
+
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, rate: float) -> None:
     """target <- (1 - rate) * target + rate * source, all parameters at once."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from modip_ray.config import Config
 from modip_ray.model.critic import ValueEnsemble
 from modip_ray.model.gaussian import make_policy
-from modip_ray.model.networks import EnsembleMLP
+from modip_ray.model.networks import EnsembleMLP, without_gradient
 
 
 def asks_policy(cfg: Config) -> bool:
@@ -25,8 +25,7 @@ def asks_policy(cfg: Config) -> bool:
 
 def asked(critic: PolicyCritic, z: Tensor, action: Tensor) -> Tensor:
     """Q(z, a) (E, ...) in return units for who maximises it: gradients go to the action, not to Q's weights."""
-    frozen = {name: p.detach() for name, p in critic.q.named_parameters()}
-    return critic.decode(torch.func.functional_call(critic.q, frozen, (torch.cat([z, action], -1),)))
+    return critic.decode(without_gradient(critic.q, torch.cat([z, action], -1)))
 
 
 class PolicyCritic(ValueEnsemble):

@@ -36,9 +36,9 @@ class Known:
 
 def arguments(rows=64, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    obs, chunk, noise = (torch.rand(rows, *shape, generator=rng) * 1.6 - 0.8 for shape in ((DO,), (H, DA), (H, DA)))
+    obs, chunk = (torch.rand(rows, *shape, generator=rng) * 1.6 - 0.8 for shape in ((DO,), (H, DA)))
     t, mask, weight = torch.randint(8, (rows,), generator=rng), torch.ones(rows, H), torch.ones(rows)
-    return obs, chunk, weight, mask, t, torch.randn(noise.shape, generator=rng), mask.sum()
+    return obs, chunk, weight, mask, t, torch.randn(rows, H, DA, generator=rng), mask.sum()
 
 
 def make_policy():

@@ -14,11 +14,11 @@ from modip_ray.model import hardware
 from modip_ray.model.diffusion import DiffusionPolicy
 from modip_ray.policy import load as load_run
 from modip_ray.run import train
+from tests.baselines.test_dql import DO, STEPS, H, arguments
 from tests.baselines.test_tdmpc2 import DA, Quadratic
 from tests.fakes import PointEnv, small, write_data
 from tests.learning.test_learner import draw_chunks, linear_system, make_learner
 
-H, DO, STEPS = 2, 4, 3
 DSRL = {"policy.kind": "dsrl", "critic.target": "policy_q", "critic.target_reduce": "min_two", "critic.n_step": 1, "planner.kind": "action_values",
         "planner.gaussian": 0, "planner.horizon": 1, "planner.proposals": 1, "planner.elites": 1, "planner.iterations": 0, "guard.value_penalty": 0.0,
         "guard.min_gain": -1e9}
@@ -42,13 +42,6 @@ def make_policy(seed=0):
     torch.manual_seed(seed)
     cfg = load(overrides=["policy.horizon=2", "planner.horizon=2", "policy.width=32", "policy.blocks=1", "policy.denoising_steps=8", "critic.members=2"])
     return SteeredPolicy(cfg, DO, DA)
-
-
-def arguments(rows=64, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    obs, chunk = (torch.rand(rows, *shape, generator=rng) * 1.6 - 0.8 for shape in ((DO,), (H, DA)))
-    t, mask = torch.randint(8, (rows,), generator=rng), torch.ones(rows, H)
-    return obs, chunk, torch.ones(rows), mask, t, torch.randn(rows, H, DA, generator=rng), mask.sum()
 
 
 def losses(policy, args):
