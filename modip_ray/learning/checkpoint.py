@@ -95,9 +95,10 @@ def begin(root: Path, name: str = PARTIAL) -> Path:
 
 def commit(folder: Path, counters: Mapping[str, Any], keep: int) -> Path:
     """Counters and the marker into the folder, then its final name at once; older checkpoints than the newest `keep` go."""
-    name, again = name_of(counters["env_steps"], counters["updates"]), 0
-    while (final := folder.with_name(f"{name}.{again}" if again else name)).exists():           # the same counters, saved again
-        again += 1
+    final = folder.with_name(name_of(counters["env_steps"], counters["updates"]))
+    before = [again for name, again in map(order, names(final.parent)) if name == final.name]
+    if before:                                                                      # the same counters, saved again
+        final = final.with_name(f"{final.name}.{max(before) + 1}")
     seal(folder, counters, final)
     for old in folders(final.parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -156,7 +157,17 @@ def best_score(root: Path) -> float:
 
 def folders(root: Path) -> list[Path]:
     """Checkpoint folders, newest first (whether they are sound or not)."""
-    return sorted((p for p in root.glob("step_*_u*") if p.is_dir()), reverse=True) if root.is_dir() else []
+    return [root / name for name in sorted(names(root), key=order, reverse=True)]
+
+
+def names(root: Path) -> list[str]:
+    return [p.name for p in root.glob("step_*_u*") if p.is_dir()] if root.is_dir() else []
+
+
+def order(name: str) -> tuple[str, int]:
+    """Checkpoint names by age: counters, then how many of the same counters came before (the number behind the dot)."""
+    counters, _, again = name.partition(".")
+    return counters, int(again) if again.isdigit() else 0
 
 
 def newest(root: Path, set_aside: bool = False) -> Checkpoint | None:

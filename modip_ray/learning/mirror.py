@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modip_ray.config import ConfigError
-from modip_ray.learning.checkpoint import DONE, Checkpoint, CheckpointError, folders, verified
+from modip_ray.learning.checkpoint import DONE, Checkpoint, CheckpointError, folders, order, verified
 from modip_ray.oneline import first_line
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Mirror:
         """Checkpoints there, newest first, finished or not."""
         from pyarrow.fs import FileSelector, FileType
         found = self.fs.get_file_info(FileSelector(f"{self.root}/{CHECKPOINTS}", allow_not_found=True))
-        return sorted((f.base_name for f in found if f.type == FileType.Directory and f.base_name.startswith("step_")), reverse=True)
+        return sorted((f.base_name for f in found if f.type == FileType.Directory and f.base_name.startswith("step_")), key=order, reverse=True)
 
     def sums(self, name: str) -> Mapping[str, str]:
         """File -> sha256 of a finished checkpoint; empty for one that is not."""

@@ -41,6 +41,16 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path):
     assert [p.name for p in folders(tmp_path)] == ["step_000003000_u0000750", "step_000000200_u0000050"]
 
 
+def test_of_the_same_counters_saved_again_and_again_the_last_is_the_newest(tmp_path):
+    """While only the policy's updates go on, the counters in the name stay; names that became free again must not be taken for new ones."""
+    for value in range(12):
+        folder = begin(tmp_path)
+        write_state(folder, "part", {"x": np.full(1, value)})
+        final = commit(folder, {"env_steps": 0, "updates": 1}, keep=2)
+        assert final.is_dir() and newest(tmp_path).path == final and newest(tmp_path).read("part")["x"] == value
+    assert len(folders(tmp_path)) == 2
+
+
 def test_no_checkpoint_is_none_and_an_unfinished_one_does_not_count(tmp_path):
     assert newest(tmp_path / "absent") is None
     folder = begin(tmp_path)
