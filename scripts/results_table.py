@@ -1,4 +1,4 @@
-"""Write the README's result table from the summaries kept under results/.
+"""Write the README's result tables from what is kept under results/.
 
     python scripts/results_table.py            # rewrites the block between the results markers of README.md
 
@@ -8,15 +8,24 @@ import json
 import sys
 from pathlib import Path
 
+from modip_ray.report.published import published_for
+
 ROOT = Path(__file__).resolve().parent.parent
+MAIN_STUDY = ROOT / "results" / "studies" / "main.json"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PAPER = {"HalfCheetah-v4": "5108 -> 13775", "Hopper-v4": "3050 -> 3281", "Walker2d-v4": "5721 -> 6081"}
 
 
-def cell(score: dict, bc: dict) -> str:
-    low, high = score["ci95"]
-    ratio = "" if score is bc else f", {score['mean'] / bc['mean']:.2f} x"
-    return f"**{score['mean']:.0f}** [{low:.0f}, {high:.0f}]{ratio}"
+def cell(score: dict, bc: dict, share: bool = False) -> str:
+    """Mean and interval, and how it compares with BC: a ratio, or a difference where scores are shares (0..1)."""
+    digits = 3 if share else 0
+    mean, (low, high) = score["mean"], score["ci95"]
+    against = "" if score is bc else f", {mean - bc['mean']:+.3f}" if share else f", {mean / bc['mean']:.2f} x"
+    return f"**{mean:.{digits}f}** [{low:.{digits}f}, {high:.{digits}f}]{against}"
+
+
+def paper(task: str, env_id: str = "") -> str:
+    row = published_for(task, env_id)
+    return f"{row.bc} -> {row.modip}" if row else ""
 
 
 def run_row(path: Path) -> str:
@@ -24,7 +33,7 @@ def run_row(path: Path) -> str:
     s = run["scores"]
     cells = [f"{s['data']['mean']:.0f}", cell(s["bc"], s["bc"]), cell(s["policy"], s["bc"]), cell(s["mpc"], s["bc"])]
     minutes = f"{run['wall_s'] / 60:.0f} min"
-    return f"| [{path.stem}](results/{path.name}) | {' | '.join(cells)} | {run['env_steps']:,} | {minutes} | {PAPER.get(run['env_id'], '')} |"
+    return f"| [{path.stem}](results/{path.name}) | {' | '.join(cells)} | {run['env_steps']:,} | {minutes} | {paper(path.stem, run['env_id'])} |"
 
 
 def paired_lines(path: Path) -> list[str]:
@@ -36,16 +45,31 @@ def paired_lines(path: Path) -> list[str]:
             f"{d['ratio']:.2f} x" for mode, d in run["against_bc"].items()]
 
 
+def study_lines(path: Path) -> list[str]:
+    """The main study's table, of the runs that are done."""
+    study = json.loads(path.read_text())
+    lines = ["[The main study](results/studies/main/results.md): 50 episodes for each training seed, the intervals over both.", "",
+             "| task | online steps | seeds | data | BC | DP-only | MPC-acting | DP-only minus BC, same seeds | paper, BC -> MODIP |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, task in study["tasks"].items():
+        share = task["metric"] != "return"
+        scores = [cell(task[mode], task["bc"], share) for mode in ("bc", "policy", "mpc")]
+        lines.append(f"| {name} | {task['env_steps']:,} | {task['seeds_done']} of {task['seeds_wanted']} | {task['data']['mean']:.{3 if share else 0}f} | "
+                     f"{' | '.join(scores)} | {task['against_bc']['policy']['share']:+.1%} | {paper(name)} |")
+    return [*lines, ""]
+
+
 def block() -> str:
     paired = sorted((ROOT / "results").glob("*paired*.json"))
     runs = [p for p in sorted((ROOT / "results").glob("*.json")) if "config_hash" in json.loads(p.read_text())]      # the rest are studies of other things
-    lines = ["Raw return, mean and 95 % interval over fixed evaluation seeds, one training seed, two CPU cores. BC is the diffusion policy before",
+    lines = [*study_lines(MAIN_STUDY),
+             "Single runs. Raw return, mean and 95 % interval over fixed evaluation seeds, one training seed, two CPU cores. BC is the diffusion policy before",
              "fine-tuning, DP-only the same network after it, MPC-acting the planner.", "",
              "| run | data | BC | DP-only | MPC-acting | online steps | wall time | paper, BC -> MODIP, 1e6 steps |", "|---|---|---|---|---|---|---|---|",
              *(run_row(p) for p in runs), ""]
     for p in paired:
         lines += paired_lines(p)
-    commands = [f"- {p.stem}: `{json.loads(p.read_text())['command']}`" for p in sorted([*runs, *paired])]
+    commands = [f"- {p.stem}: `{json.loads(p.read_text())['command']}`" for p in sorted([*runs, *paired, MAIN_STUDY])]
     return "\n".join([*lines, "", "Commands:", "", *commands, ""])
 
 

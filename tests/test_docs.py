@@ -10,6 +10,7 @@ import yaml
 from modip_ray import cli
 from modip_ray.config import config_dir, load, parse_scalar
 from modip_ray.study.spec import load_study
+from scripts import results_table
 from scripts.docs import commands, settings
 from scripts.docs.griffe_lists import with_lists
 
@@ -121,6 +122,11 @@ def test_the_site_loads_nothing_from_elsewhere_and_has_all_pages():
     listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     missing = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")} - listed
     assert not missing, f"{missing}: give them a place in nav of mkdocs.yml"
+
+
+def test_the_readmes_tables_are_of_the_kept_results():
+    shown = (ROOT / "README.md").read_text().split(results_table.BEGIN)[1].split(results_table.END)[0]
+    assert shown.strip() == results_table.block().strip(), "python scripts/results_table.py writes them anew"
 
 
 def test_every_command_of_the_papers_tables_can_be_run():
