@@ -9,18 +9,12 @@ import sys
 from pathlib import Path
 
 from modip_ray.report.published import published_for
+from modip_ray.report.scores import number
+from modip_ray.study.table import paired_cell, score_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN_STUDY = ROOT / "results" / "studies" / "main.json"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-
-
-def cell(score: dict, bc: dict, share: bool = False) -> str:
-    """Mean and interval, and how it compares with BC: a ratio, or a difference where scores are shares (0..1)."""
-    digits = 3 if share else 0
-    mean, (low, high) = score["mean"], score["ci95"]
-    against = "" if score is bc else f", {mean - bc['mean']:+.3f}" if share else f", {mean / bc['mean']:.2f} x"
-    return f"**{mean:.{digits}f}** [{low:.{digits}f}, {high:.{digits}f}]{against}"
 
 
 def paper(task: str, env_id: str = "") -> str:
@@ -31,7 +25,7 @@ def paper(task: str, env_id: str = "") -> str:
 def run_row(path: Path) -> str:
     run = json.loads(path.read_text())
     s = run["scores"]
-    cells = [f"{s['data']['mean']:.0f}", cell(s["bc"], s["bc"]), cell(s["policy"], s["bc"]), cell(s["mpc"], s["bc"])]
+    cells = [number(s["data"]["mean"]), score_cell(s["bc"]), score_cell(s["policy"], s["bc"]), score_cell(s["mpc"], s["bc"])]
     minutes = f"{run['wall_s'] / 60:.0f} min"
     return f"| [{path.stem}](results/{path.name}) | {' | '.join(cells)} | {run['env_steps']:,} | {minutes} | {paper(path.stem, run['env_id'])} |"
 
@@ -52,10 +46,10 @@ def study_lines(path: Path) -> list[str]:
              "| task | online steps | seeds | data | BC | DP-only | MPC-acting | DP-only minus BC, same seeds | paper, BC -> MODIP |",
              "|---|---|---|---|---|---|---|---|---|"]
     for name, task in study["tasks"].items():
-        share = task["metric"] != "return"
-        scores = [cell(task[mode], task["bc"], share) for mode in ("bc", "policy", "mpc")]
-        lines.append(f"| {name} | {task['env_steps']:,} | {task['seeds_done']} of {task['seeds_wanted']} | {task['data']['mean']:.{3 if share else 0}f} | "
-                     f"{' | '.join(scores)} | {task['against_bc']['policy']['share']:+.1%} | {paper(name)} |")
+        bc = task["bc"]
+        cells = [name, f"{task['env_steps']:,}", f"{task['seeds_done']} of {task['seeds_wanted']}", number(task["data"]["mean"]),
+                 score_cell(bc), score_cell(task["policy"], bc), score_cell(task["mpc"], bc), paired_cell(task["against_bc"]["policy"]), paper(name)]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 

@@ -96,9 +96,9 @@ def begin(root: Path, name: str = PARTIAL) -> Path:
 def commit(folder: Path, counters: Mapping[str, Any], keep: int) -> Path:
     """Counters and the marker into the folder, then its final name at once; older checkpoints than the newest `keep` go."""
     final = folder.with_name(name_of(counters["env_steps"], counters["updates"]))
-    before = [again for name, again in map(order, names(final.parent)) if name == final.name]
+    before = [again for name, again in (order(p.name) for p in folders(final.parent)) if name == final.name]
     if before:                                                                      # the same counters, saved again
-        final = final.with_name(f"{final.name}.{max(before) + 1}")
+        final = final.with_name(f"{final.name}.{before[0] + 1}")
     seal(folder, counters, final)
     for old in folders(final.parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -157,11 +157,7 @@ def best_score(root: Path) -> float:
 
 def folders(root: Path) -> list[Path]:
     """Checkpoint folders, newest first (whether they are sound or not)."""
-    return [root / name for name in sorted(names(root), key=order, reverse=True)]
-
-
-def names(root: Path) -> list[str]:
-    return [p.name for p in root.glob("step_*_u*") if p.is_dir()] if root.is_dir() else []
+    return sorted((p for p in root.glob("step_*_u*") if p.is_dir()), key=lambda p: order(p.name), reverse=True) if root.is_dir() else []
 
 
 def order(name: str) -> tuple[str, int]:

@@ -108,6 +108,11 @@ def score_cell(entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None =
     return f"{number(entry['mean'])} [{interval(entry['ci95'])}]{times}"
 
 
+def paired_cell(diff: Mapping[str, Any]) -> str:
+    share = "" if diff["share"] is None else f", {100 * diff['share']:+.1f} %"
+    return f"{number(diff['mean'])} [{interval(diff['ci95'])}]{share}"
+
+
 def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Published | None) -> list[str]:
     """A table of one task: a row a method. paper: what is published of it."""
     have = {m: found[task] for m, found in methods.items() if task in found}
@@ -117,10 +122,8 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Publi
     lines = [f"## {task} ({first['metric']})", "", f"Data: {number(first['data']['mean'])} over {first['data']['episodes']:,} episodes.", "",
              "| method | BC | DP-only | MPC-acting | DP-only - BC, paired | normalised BC / DP / MPC | env steps | seeds | wall time |", "|" + "---|" * 9]
     for name, r in have.items():
-        diff = r["against_bc"]["policy"]
-        share = "" if diff["share"] is None else f", {100 * diff['share']:+.1f} %"
         cells = [name, score_cell(r["bc"]), score_cell(r["policy"], r["bc"]), score_cell(r.get("mpc"), r["bc"]),
-                 f"{number(diff['mean'])} [{interval(diff['ci95'])}]{share}",
+                 paired_cell(r["against_bc"]["policy"]),
                  " / ".join(number(r[mode]["normalized"] if mode in r else None) for mode in MODES), f"{r['env_steps']:,}",
                  f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
         lines.append("| " + " | ".join(cells) + " |")
