@@ -19,7 +19,7 @@ from scripts.docs import commands, results, settings
 ROOT = Path(__file__).resolve().parents[2]
 #: Pages of the site that are files elsewhere in the repository, and those that are made here (with links relative to the repository's root).
 MOVED = {"cluster.md": "cluster/README.md", "dashboards.md": "cluster/grafana/README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md",
-         "tests.md": "tests/README.md"}
+         "tests.md": "tests/README.md", "main_study.md": "results/studies/main/results.md"}
 MADE: dict[str, Callable[[], str]] = {"results.md": results.page, "reference/settings.md": settings.page, "reference/commands.md": commands.page}
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml"}
 LINK = re.compile(r"(?P<head>!?\[[^\]]*\]\()(?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?(?P<tail>\))")
@@ -89,6 +89,8 @@ def site_uri(path: str, config: MkDocsConfig, files: Files) -> str | None:
         return "index.md"
     if not (ROOT / path).is_file():
         return None
+    if path.endswith(".md"):        # mkdocs would take the copy for a page, too late to make one of it
+        raise PluginError(f"{path} is linked and no page of the site: give it a place in MOVED ({Path(__file__).name}) and in nav (mkdocs.yml)")
     uri = f"files/{path}"
     if uri not in files.src_uris:
         files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
