@@ -69,7 +69,8 @@ class Study:
 
     def cell(self, task: str, method: str, seed: int, start: Cell | None = None) -> Cell:
         folder = self.folder / task / method / f"seed_{seed}"
-        own = {"online.env_steps": 0, "eval.episodes": 1, "eval.every_steps": 0} if start is None else {"pretrain.start": str(start.folder), **self.methods[method]}
+        own = {"pretrain.start": str(start.folder), **self.methods[method]} if start is not None else {
+            "online.env_steps": 0, "eval.episodes": 1, "eval.every_steps": 0}
         try:
             of_task = {k: v for k, v in self.tasks[task].items() if k != "task"}
             base = load(None, [f"task={task_of(task, self.tasks[task])}"])

@@ -7,6 +7,7 @@ stratified bootstrap over training seeds.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,17 +42,23 @@ def joined(scores: Sequence[Mapping[str, Any]], family: str | None) -> dict[str,
             "normalized_by_seed": [normalized_score(family, float(r.mean())) for r in returns]}
 
 
-def paired(ours: Sequence[Mapping[str, Any]], bc: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Difference to BC over the same evaluation seeds of the same training seeds."""
-    groups = [np.array(a["values"]) - np.array(b["values"]) for a, b in zip(ours, bc, strict=True)]
-    base = float(np.mean([np.mean(b["values"]) for b in bc]))
+def paired(ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Difference over the same evaluation seeds of the same training seeds."""
+    groups = [np.array(a["values"]) - np.array(b["values"]) for a, b in zip(ours, others, strict=True)]
+    base = float(np.mean([np.mean(b["values"]) for b in others]))
     mean = float(np.mean([g.mean() for g in groups]))
     return {"mean": mean, "ci95": nested_ci(groups), "share": mean / base if base else None}
 
 
-def task_results(cells: Sequence[Cell]) -> dict[str, Any] | None:
-    """Of one task and method, all training seeds that are done; None where none is."""
-    done = [read_summary(folder) for cell in cells if (folder := outcome(cell)) is not None]
+def acting(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Scores of what a method is there for: its planner, or its policy where it has none."""
+    return run["scores"].get("mpc", run["scores"]["policy"])
+
+
+def task_results(cells: Sequence[Cell], first: Sequence[Cell]) -> dict[str, Any] | None:
+    """Of one task and method, all training seeds that are done; None where none is. first: the same of the method that others are compared with."""
+    runs, reference = ({cell.seed: read_summary(folder) for cell in some if (folder := outcome(cell)) is not None} for some in (cells, first))
+    done, shared = list(runs.values()), [seed for seed in runs if seed in reference and cells != first]
     if not done:
         return None
     family = cells[0].cfg.task.family
@@ -59,7 +66,9 @@ def task_results(cells: Sequence[Cell]) -> dict[str, Any] | None:
     found = {name: joined(s, family) for name, s in scores.items()}
     return {**found, "metric": done[0]["scores"]["bc"]["metric"], "env_steps": min(s["env_steps"] for s in done), "updates": min(s["updates"] for s in done),
             "wall_s": float(np.mean([s["wall_s"] for s in done])), "seeds_done": len(done), "seeds_wanted": len(cells),
-            "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in scores if mode in ("policy", "mpc")}, "git": sorted({s["git"] for s in done})}
+            "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in scores if mode in ("policy", "mpc")},
+            "against_first": paired(*([acting(of[seed]) for seed in shared] for of in (runs, reference))) if shared else None,
+            "git": sorted({s["git"] for s in done})}
 
 
 def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -77,10 +86,10 @@ def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def results(study: Study) -> dict[str, Any]:
-    cells = study.cells()
-    methods = {m: {t: found for t in study.tasks if (found := task_results([c for c in cells if (c.task, c.method) == (t, m)])) is not None}
-               for m in study.methods}
-    own = next(iter(study.methods))
+    own, by = next(iter(study.methods)), defaultdict(list)
+    for cell in study.cells():
+        by[cell.task, cell.method].append(cell)
+    methods = {m: {t: found for t in study.tasks if (found := task_results(by[t, m], by[t, own])) is not None} for m in study.methods}
     return {"study": study.to_dict(), "tasks": methods[own], "methods": methods, "over_tasks": over_tasks(methods), "command": command_line(),
             "git": git_commit(), "machine": machine(), "versions": versions()}
 
@@ -108,7 +117,10 @@ def score_cell(entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None =
     return f"{number(entry['mean'])} [{interval(entry['ci95'])}]{times}"
 
 
-def paired_cell(diff: Mapping[str, Any]) -> str:
+def paired_cell(diff: Mapping[str, Any] | None) -> str:
+    """'-' where there is nothing to compare with."""
+    if diff is None:
+        return "-"
     share = "" if diff["share"] is None else f", {100 * diff['share']:+.1f} %"
     return f"{number(diff['mean'])} [{interval(diff['ci95'])}]{share}"
 
@@ -118,12 +130,14 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Publi
     have = {m: found[task] for m, found in methods.items() if task in found}
     if not have:
         return [f"## {task}", "", "no run is done yet", ""]
-    first = next(iter(have.values()))
+    own, first = next(iter(methods)), next(iter(have.values()))
+    columns = ["method", "BC", "DP-only", "MPC-acting", "DP-only - BC, paired", *([f"acting - {own}'s, paired"] if len(methods) > 1 else []),
+               "normalised BC / DP / MPC", "env steps", "seeds", "wall time"]
     lines = [f"## {task} ({first['metric']})", "", f"Data: {number(first['data']['mean'])} over {first['data']['episodes']:,} episodes.", "",
-             "| method | BC | DP-only | MPC-acting | DP-only - BC, paired | normalised BC / DP / MPC | env steps | seeds | wall time |", "|" + "---|" * 9]
+             f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, r in have.items():
         cells = [name, score_cell(r["bc"]), score_cell(r["policy"], r["bc"]), score_cell(r.get("mpc"), r["bc"]),
-                 paired_cell(r["against_bc"]["policy"]),
+                 paired_cell(r["against_bc"]["policy"]), *([paired_cell(r["against_first"])] if len(methods) > 1 else []),
                  " / ".join(number(r[mode]["normalized"] if mode in r else None) for mode in MODES), f"{r['env_steps']:,}",
                  f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
         lines.append("| " + " | ".join(cells) + " |")
@@ -136,7 +150,8 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Publi
 def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
     lines = [f"# Study {found['study']['out']}", "", f"`{found['command']}`, git {found['git'][:12]}, {found['machine']['cpus']} cores", "",
              f"{ROWS['bc']}: the diffusion policy before fine-tuning; DP-only: the same network after it; MPC-acting: the planner. Mean [95 % interval], times "
-             f"BC. All methods of a training seed go on from the same pre-training and are evaluated on the same seeds. {NOTE}", ""]
+             f"BC. All methods of a training seed go on from the same pre-training and are evaluated on the same seeds. Acting: the "
+             f"planner, or the policy of a method without one. {NOTE}", ""]
     for task, settings in found["study"]["tasks"].items():
         lines += task_lines(task, found["methods"], published_for(task_of(task, settings)))
     if found["over_tasks"]:

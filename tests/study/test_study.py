@@ -104,7 +104,9 @@ def test_tables_of_finished_runs(tmp_path):
     assert entry["metric"] == "return" and entry["mpc"]["seeds"] == 2 and entry["mpc"]["episodes"] == 40 and entry["env_steps"] == 400
     assert abs(entry["mpc"]["mean"] - 150) < 1 and entry["mpc"]["ci95"][0] < entry["mpc"]["mean"] < entry["mpc"]["ci95"][1]
     assert abs(entry["against_bc"]["policy"]["share"] - 0.2) < 0.02
-    assert found["methods"]["no_planner"][TASK]["seeds_done"] == 1 and found["over_tasks"] == {}
+    other = found["methods"]["no_planner"][TASK]
+    assert other["seeds_done"] == 1 and found["over_tasks"] == {} and entry["against_first"] is None
+    assert other["against_first"]["mean"] == pytest.approx(other["mpc"]["mean"] - entry["mpc"]["by_seed"][0])       # of the seed that both have
     text = markdown(found, [])
     assert "1 of 2" in text and "1.50 x" in text and "Paper: BC 5108" in text
 
