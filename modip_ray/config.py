@@ -173,6 +173,7 @@ class Online:
     online_share_end: float
     min_online: int
     lr_scale: float
+    policy_lr_scale: float | None
 
 
 @dataclass(frozen=True)

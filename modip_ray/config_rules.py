@@ -64,6 +64,8 @@ def validate(cfg: Config) -> None:
     need(0 <= cfg.seed < 2**63, "seed", cfg.seed, "must lie in 0..2**63-1")
     limit = cfg.data.max_transitions
     need(limit is None or limit > 0, "data.max_transitions", limit, "must be positive, or null for all")
+    scale = cfg.online.policy_lr_scale
+    need(scale is None or scale <= MOST["online.lr_scale"], "online.policy_lr_scale", scale, f"must be at most {MOST['online.lr_scale']}, or null for lr_scale")
     device = cfg.resources.device
     need(device in ("auto", "cpu") or device.startswith("cuda"), "resources.device", device, "must be auto, cpu, cuda or cuda:<index>")
     model_rules(cfg)

@@ -82,12 +82,13 @@ class Learner:
         self.policy_opt = torch.optim.Adam([{"params": list(self.policy.parameters()), "scale": 1.0}], lr=cfg.policy.lr, fused=True)
 
     def set_lr(self, progress: float, online: bool) -> None:
-        """Cosine from lr to lr_final over the offline phase (progress 0..1); constant lr * online.lr_scale online."""
-        w = self.cfg.world_model
-        for opt, section in ((self.model_opt, w), (self.value_opt, w), (self.policy_opt, self.cfg.policy)):
+        """Cosine from lr to lr_final over the offline phase (progress 0..1); a constant share of lr online (online.lr_scale, online.policy_lr_scale)."""
+        w, policy, o = self.cfg.world_model, self.cfg.policy, self.cfg.online
+        policy_scale = o.lr_scale if o.policy_lr_scale is None else o.policy_lr_scale
+        for opt, section, scale in ((self.model_opt, w, o.lr_scale), (self.value_opt, w, o.lr_scale), (self.policy_opt, policy, policy_scale)):
             cosine = section.lr_final + (section.lr - section.lr_final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
             for group in opt.param_groups:
-                group["lr"] = group["scale"] * (section.lr * self.cfg.online.lr_scale if online else cosine)
+                group["lr"] = group["scale"] * (section.lr * scale if online else cosine)
 
     def update_model(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """One step of world model and critic on a batch of `ReplayBuffer.sequences`, then V's further ones, each on its part of the batch's rows."""

@@ -193,6 +193,14 @@ def test_step_sizes_by_hand():
         assert rest == pytest.approx(lr) and encoder == pytest.approx(0.3 * lr)
 
 
+@pytest.mark.parametrize("share, expected", [("null", 0.5), ("0.1", 0.1)])
+def test_the_policys_own_share_of_its_step_size(share, expected):
+    learner = make_learner(f"online.policy_lr_scale={share}")
+    learner.set_lr(0.5, online=True)
+    assert learner.policy_opt.param_groups[0]["lr"] == pytest.approx(expected * learner.cfg.policy.lr)
+    assert learner.value_opt.param_groups[0]["lr"] == pytest.approx(0.5 * learner.cfg.world_model.lr)
+
+
 def test_every_parameter_is_trained_once():
     learner = make_learner()
     trained = [id(p) for opt in learner.optimizers().values() for group in opt.param_groups for p in group["params"]]
