@@ -40,7 +40,7 @@ class Task:
 class Data:
     source: str
     filter_key: str | None
-    rewards: Literal["stored", "newly_done"]
+    rewards: Literal["stored", "newly_done", "until_success"]
     transitions: int
     max_transitions: int | None
     cache: str | None
@@ -89,6 +89,7 @@ class Critic:
     width: int
     members: int
     head: Literal["regression", "two_hot"]
+    unit: Literal["std", "max"]
     bins: int
     bound: float
     gamma: float

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from modip_ray.config import Config, ConfigError
 from modip_ray.learning.env_source import spaces
 from modip_ray.tasks.collect import Policy, collect
@@ -46,7 +48,7 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
         got = getattr(first, key).shape[1]
         if got != expected:
             raise DataError(f"{source}: {key} have {got} columns, but {cfg.task.env} has {expected}; is data.source for another task than task.env?")
-    return with_newly_done(dataset) if cfg.data.rewards == "newly_done" else dataset
+    return {"stored": lambda d: d, "newly_done": with_newly_done, "until_success": until_success}[cfg.data.rewards](dataset)
 
 
 def stored_source(cfg: Config, folder: Path) -> str:
@@ -63,6 +65,14 @@ def with_newly_done(dataset: Dataset) -> Dataset:
     except ValueError as error:
         raise DataError(f"{dataset.source}: data.rewards is newly_done, which is for D4RL's kitchen files: {error}") from error
     return replace(dataset, episodes=episodes, notes=(*dataset.notes, "rewards: newly done subtasks, from the number done so far that the file stores"))
+
+
+def until_success(dataset: Dataset) -> Dataset:
+    """Episodes that end, terminated, with their first reward of 1; those without one stay as they are."""
+    ends = [int(np.argmax(e.rewards >= 1)) + 1 if (e.rewards >= 1).any() else 0 for e in dataset.episodes]
+    episodes = [replace(e, observations=e.observations[:end + 1], actions=e.actions[:end], rewards=e.rewards[:end], terminated=True) if end else e
+                for e, end in zip(dataset.episodes, ends, strict=True)]
+    return replace(dataset, episodes=episodes, notes=(*dataset.notes, f"{sum(map(bool, ends))} of {len(ends)} episodes end at their success"))
 
 
 def rolls_out(source: str) -> bool:

@@ -33,9 +33,9 @@ MODEL_BYTES = 20_000_000        # a recorded scene has about 30 kB
 
 
 def robosuite_env(name: str, controller: Mapping | None = None, gripper_ramp: bool = True, render_mode: str | None = None, camera: str = "agentview",
-                  width: int = 320, height: int = 240) -> RobosuiteEnv:
+                  width: int = 320, height: int = 240, terminate_on_success: bool = False) -> RobosuiteEnv:
     """One of RoboMimic's tasks by robosuite's name: Lift, PickPlaceCan, NutAssemblySquare or TwoArmTransport; see `RobosuiteEnv`."""
-    return RobosuiteEnv(name, controller, gripper_ramp, render_mode, camera, width, height)
+    return RobosuiteEnv(name, controller, gripper_ramp, render_mode, camera, width, height, terminate_on_success)
 
 
 def env_from_metadata(env_args: str | Mapping, render_mode: str | None = None) -> RobosuiteEnv:
@@ -96,7 +96,7 @@ class RobosuiteEnv(gym.Env):
 
     The observation is `object`, then for each robot eef_pos (3), eef_quat (4, xyzw), gripper_qpos (2). The object's columns are those of robosuite before
     1.5 (see robomimic_data.object_vector), and everything is of the very state that the step ends in, as in RoboMimic's data; robosuite itself returns what
-    it sampled 2 ms earlier or more. Reward 1 while the task is in success, else 0. Nothing terminates.
+    it sampled 2 ms earlier or more. Reward 1 while the task is in success, else 0.
 
     reset(seed=) draws everything from the seed: poses, and for Lift and TwoArmTransport the size of an object, for which robosuite makes a new model
     (some 0.2 s; 2 ms for the others).
@@ -105,19 +105,20 @@ class RobosuiteEnv(gym.Env):
     gripper_ramp : the fingers' target moves as in robosuite before 1.5, by 0.01 each 2 ms, in place of by 0.2 at the step's begin. With it, motion is
                    that of robosuite 1.4.1 to rounding errors (scripts/robomimic_study.py)
     suite        : robosuite's own environment
+    terminate_on_success : the episode ends there, as an evaluation in robomimic does; else nothing terminates
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
 
     def __init__(self, name: str, controller: Mapping | None = None, gripper_ramp: bool = True, render_mode: str | None = None, camera: str = "agentview",
-                 width: int = 320, height: int = 240):
+                 width: int = 320, height: int = 240, terminate_on_success: bool = False):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode {render_mode!r} is not supported; use 'rgb_array' or None")
         robots = _robots(name)
         part = controller_config(CONTROLLER if controller is None else controller)
         robosuite = _robosuite()
         from robosuite.controllers.composite.composite_controller_factory import refactor_composite_controller_config
-        self.name, self.render_mode = name, render_mode
+        self.name, self.render_mode, self.terminate_on_success = name, render_mode, terminate_on_success
         self._ramp, self._view = gripper_ramp, {"camera_name": camera, "width": width, "height": height}
         self.suite = robosuite.make(
             name, robots=["Panda"] * robots, controller_configs=[refactor_composite_controller_config(part, "Panda", ["right"]) for _ in range(robots)],
@@ -142,7 +143,7 @@ class RobosuiteEnv(gym.Env):
         self.suite.step(np.asarray(action, np.float64))
         mujoco.mj_fwdPosition(*self._mujoco())              # positions and contacts of the state reached; changes nothing that the next step starts from
         info = self._info()
-        return self._observe(), float(info["success"]), False, False, info
+        return self._observe(), float(info["success"]), info["success"] and self.terminate_on_success, False, info
 
     def reset_to(self, state: np.ndarray, model_file: str | None = None) -> np.ndarray:
         """Begin at a recorded MuJoCo state (1 + nq + nv,): time, positions, velocities. Returns the observation.

@@ -42,3 +42,12 @@ def test_what_does_not_fit_is_named(tmp_path, settings, words):
 def test_labels():
     assert source_label(small(data__source="demonstrator")) == "demonstrator data"
     assert source_label(small(data__source="policy:x.hdf5")) == "data of policy:x.hdf5"
+
+
+def test_episodes_end_at_their_success(tmp_path):
+    data = tmp_path / "s.hdf5"
+    write_d4rl(data, [Episode(np.arange(4 * n + 4, dtype=np.float32).reshape(-1, 4), np.zeros((n, 2), np.float32), np.float32(rewards), False)
+                      for rewards in ([0, 0, 1, 1, 0], [0, 0.5, 0]) if (n := len(rewards))], {})
+    solved, failed = load_data(small(data=data, data__rewards="until_success"), PointEnv, tmp_path).episodes
+    assert solved.rewards.tolist() == [0, 0, 1] and solved.terminated and solved.actions.shape == (3, 2)
+    assert solved.observations[:, 0].tolist() == [0, 4, 8, 12] and failed.rewards.tolist() == [0, 0.5, 0] and not failed.terminated

@@ -24,6 +24,7 @@ def test_task_file(name):
     assert (cfg.task.metric, cfg.task.max_episode_steps) == (METRICS.get(family, "return"), LIMITS[family])
     assert (cfg.task.family is None) == (METRICS.get(family) == "success")
     assert (cfg.data.rewards == "newly_done") == (family == "kitchen")
+    assert (cfg.data.rewards == "until_success") == (cfg.task.metric == "success") == cfg.task.env_kwargs.get("terminate_on_success", False)
     assert cfg.data.source in catalogue() or (cfg.data.source == "demonstrator" and name.endswith("-medium"))
     assert callable(env_factory(cfg.task))
     if family not in ("transport",) and name != "kitchen-mixed":

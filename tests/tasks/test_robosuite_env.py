@@ -177,14 +177,16 @@ def test_official_demonstrations_replay(data_file):
     env = env_from_metadata(read_env_args(path))
     with h5py.File(path) as file:
         for name, recorded in zip(("demo_0", "demo_1"), dataset.episodes, strict=False):
+            env.terminate_on_success = name == "demo_1"
             demo = file["data"][name]
             states, actions = demo["states"][()], demo["actions"][()]
             obs = [env.reset_to(states[0], demo.attrs["model_file"])]
             rewards = []
             for t, action in enumerate(actions):
-                after, reward, *_ = env.step(action)
+                after, reward, terminated, *_ = env.step(action)
                 obs.append(after)
                 rewards.append(reward)
+                assert terminated == (env.terminate_on_success and reward == 1)
                 if t + 1 < len(states):
                     assert np.abs(env.state() - states[t + 1])[:17].max() < 1e-3, f"{name}, step {t}"   # time and positions
             assert rewards == recorded.rewards.tolist() and rewards[-1] == 1.0
