@@ -15,7 +15,8 @@ from modip_ray.learning.replay_server import part
 from modip_ray.learning.system import Setup
 from modip_ray.runfolder import RunError, saved_config
 
-#: Settings that the offline phase does not depend on. A name with a dot at its end stands for the whole group.
+#: Settings that the offline phase does not depend on, but for planner.tail, which decides whether Q is trained, too. A name with a dot at its end stands
+#: for the whole group.
 ONLINE_ONLY = ("planner.", "guard.", "distill.", "online.", "critic.n_step", "policy.sampling_steps", "policy.n_action_steps", "policy.updates_per_update",
                "method", "dppo.")
 #: Settings that decide nothing of what is learned: they may differ between a checkpoint and who goes on from it.
@@ -41,7 +42,7 @@ def offline_differences(saved: Config, cfg: Config) -> list[str]:
     """Settings that differ and that the offline phase depends on."""
     a, b = flat(saved), flat(cfg)
     free = ELSEWHERE + tuple(k for k in ONLINE_ONLY if k not in ("planner.", "guard.") or cfg.critic.target != "planned_q")
-    return [k for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k) and not belongs(k, free)]
+    return [k for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k) and (k == "planner.tail" or not belongs(k, free))]
 
 
 def start_checkpoint(run: Path) -> Checkpoint:

@@ -67,7 +67,7 @@ def test_a_wrong_file_is_named(tmp_path, fields, message):
 
 
 def test_a_task_may_have_another_name(tmp_path):
-    cell = study(tmp_path, tasks={"lift": {"task": "lift-ph", "online.env_steps": 70}}).cells()[1]
+    cell = study(tmp_path, tasks={"lift": {"task": "lift-ph", "online.env_steps": 70, "policy.denoising_steps": 20}}).cells()[1]
     assert cell.name == "lift/modip/seed_0" and cell.cfg.task.metric == "success" and cell.cfg.online.env_steps == 70
 
 
@@ -151,7 +151,7 @@ def test_a_real_study_is_stopped_and_goes_on(tmp_path):
     data = write_data(tmp_path / "data.hdf5")
     settings = SMALL | {"serial": True, "data.source": str(data), "online.env_steps": 200, "eval.every_steps": 100}
     file = tmp_path / "tiny.yaml"
-    file.write_text(json.dumps({"out": str(tmp_path / "out"), "tasks": {TASK: {}}, "methods": {"modip": {}, "tail": {"critic.width": 24}}, "seeds": [0],
+    file.write_text(json.dumps({"out": str(tmp_path / "out"), "tasks": {TASK: {}}, "methods": {"modip": {}, "tail": {"planner.tail": "policy_q"}}, "seeds": [0],
                                 "settings": settings}))
     command = [sys.executable, "-m", "modip_ray", "study", str(file)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
