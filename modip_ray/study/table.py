@@ -47,7 +47,7 @@ def paired(ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]
     groups = [np.array(a["values"]) - np.array(b["values"]) for a, b in zip(ours, others, strict=True)]
     base = float(np.mean([np.mean(b["values"]) for b in others]))
     mean = float(np.mean([g.mean() for g in groups]))
-    return {"mean": mean, "ci95": nested_ci(groups), "share": mean / base if base else None}
+    return {"mean": mean, "ci95": nested_ci(groups), "share": mean / base if base > 0 else None}
 
 
 def acting(run: Mapping[str, Any]) -> Mapping[str, Any]:
