@@ -4,8 +4,8 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Two test files at a time, the long ones first (tests/README.md).
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Three test files at a time, the long ones first: on two cores, as much of them is waiting (tests/README.md).
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
 export PYTHONUNBUFFERED := 1
 
