@@ -39,7 +39,8 @@ MOST = {
     **dict.fromkeys("policy.blocks policy.horizon world_model.horizon critic.members planner.iterations planner.replicas replay.prefetch".split(), 1000),
     "critic.updates_per_update": 1000,
     **dict.fromkeys("policy.batch_size world_model.batch_size eval.bootstrap eval.episodes eval.every_episodes rollout.segment_length".split(), 10**6),
-    **dict.fromkeys("policy.lr policy.lr_final world_model.lr world_model.lr_final world_model.encoder_lr_scale online.lr_scale".split(), 100.0),
+    **dict.fromkeys("policy.lr policy.lr_final world_model.lr world_model.lr_final world_model.encoder_lr_scale".split(), 100.0),
+    **dict.fromkeys("online.lr_scale online.policy_lr_scale".split(), 100.0),
     **dict.fromkeys("critic.n_step critic.pretrain_n_step distill.n_step replay.shards resources.torch_threads".split(), 10_000),
     **dict.fromkeys("dppo.actor_lr dppo.critic_lr dppo.clip_rate".split(), 100.0),
     "dppo.n_steps": 10**6, "eval.seed": 2**31, "replay.capacity": 10**10,
@@ -60,12 +61,11 @@ def validate(cfg: Config) -> None:
     for dotted in FRACTIONS:
         need(0 <= value_at(tree, dotted) <= 1, dotted, value_at(tree, dotted), "must lie in 0..1")
     for dotted, most in MOST.items():
-        need(value_at(tree, dotted) <= most, dotted, value_at(tree, dotted), f"must be at most {most}")
+        value = value_at(tree, dotted)
+        need(value is None or value <= most, dotted, value, f"must be at most {most}")
     need(0 <= cfg.seed < 2**63, "seed", cfg.seed, "must lie in 0..2**63-1")
     limit = cfg.data.max_transitions
     need(limit is None or limit > 0, "data.max_transitions", limit, "must be positive, or null for all")
-    scale = cfg.online.policy_lr_scale
-    need(scale is None or scale <= MOST["online.lr_scale"], "online.policy_lr_scale", scale, f"must be at most {MOST['online.lr_scale']}, or null for lr_scale")
     device = cfg.resources.device
     need(device in ("auto", "cpu") or device.startswith("cuda"), "resources.device", device, "must be auto, cpu, cuda or cuda:<index>")
     model_rules(cfg)

@@ -54,7 +54,7 @@ def fitted_agent(cfg: Config, data: Sequence[Episode | Path], action_low: np.nda
     agent.world_model.reward_scale.fill_(safe_scale(reward))
     agent.world_model.terminates.fill_(float(terminates))
     agent.critic.shift.fill_(float(value.mean()))
-    agent.critic.scale.fill_(safe_scale(value) if cfg.critic.unit == "std" else max(float(np.abs(value).max()), LEAST_SCALE))
+    agent.critic.scale.fill_(safe_scale(value) if cfg.critic.unit == "std" else float(np.abs(value).max()) or 1.0)
     return agent
 
 

@@ -14,6 +14,7 @@ from modip_ray.tasks.collect import Policy, collect
 from modip_ray.tasks.d4rl_data import DataError, Dataset, write_d4rl
 from modip_ray.tasks.demonstrator import DEMONSTRATORS, TanhGaussianPolicy, demonstrator_path
 from modip_ray.tasks.envs import EnvFactory
+from modip_ray.tasks.episode import Episode
 from modip_ray.tasks.kitchen import newly_done
 from modip_ray.tasks.readers import read_any
 
@@ -48,7 +49,8 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
         got = getattr(first, key).shape[1]
         if got != expected:
             raise DataError(f"{source}: {key} have {got} columns, but {cfg.task.env} has {expected}; is data.source for another task than task.env?")
-    return {"stored": lambda d: d, "newly_done": with_newly_done, "until_success": until_success}[cfg.data.rewards](dataset)
+    as_paid = {"newly_done": with_newly_done, "until_success": until_success}.get(cfg.data.rewards)
+    return as_paid(dataset) if as_paid else dataset
 
 
 def stored_source(cfg: Config, folder: Path) -> str:
@@ -69,10 +71,14 @@ def with_newly_done(dataset: Dataset) -> Dataset:
 
 def until_success(dataset: Dataset) -> Dataset:
     """Episodes that end, terminated, with their first reward of 1; those without one stay as they are."""
-    ends = [int(np.argmax(e.rewards >= 1)) + 1 if (e.rewards >= 1).any() else 0 for e in dataset.episodes]
-    episodes = [replace(e, observations=e.observations[:end + 1], actions=e.actions[:end], rewards=e.rewards[:end], terminated=True) if end else e
-                for e, end in zip(dataset.episodes, ends, strict=True)]
-    return replace(dataset, episodes=episodes, notes=(*dataset.notes, f"{sum(map(bool, ends))} of {len(ends)} episodes end at their success"))
+    episodes, solved = [], 0
+    for episode in dataset.episodes:
+        successes = np.flatnonzero(episode.rewards >= 1)
+        if len(successes):
+            n, solved = int(successes[0]) + 1, solved + 1
+            episode = Episode(episode.observations[:n + 1], episode.actions[:n], episode.rewards[:n], True)
+        episodes.append(episode)
+    return replace(dataset, episodes=episodes, notes=(*dataset.notes, f"{solved} of {len(episodes)} episodes end at their success"))
 
 
 def rolls_out(source: str) -> bool:

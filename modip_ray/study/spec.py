@@ -16,6 +16,7 @@ from modip_ray.learning.offline_data import rolls_out
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 START = "start"                     # the method that only pre-trains
+OFFLINE = {"online.env_steps": 0, "eval.episodes": 1, "eval.every_steps": 0}     # its own settings: each method evaluates what it begins with
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ class Study:
 
     def cell(self, task: str, method: str, seed: int, start: Cell | None = None) -> Cell:
         folder = self.folder / task / method / f"seed_{seed}"
-        own = {"pretrain.start": str(start.folder), **self.methods[method]} if start is not None else {
-            "online.env_steps": 0, "eval.episodes": 1, "eval.every_steps": 0}
+        own = OFFLINE if start is None else {"pretrain.start": str(start.folder), **self.methods[method]}
         try:
             of_task = {k: v for k, v in self.tasks[task].items() if k != "task"}
             base = load(None, [f"task={task_of(task, self.tasks[task])}"])

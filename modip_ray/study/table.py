@@ -23,6 +23,7 @@ from modip_ray.study.spec import Cell, Study, task_of
 from modip_ray.tasks.scores import normalized_score
 
 RESAMPLES = 5_000
+Runs = dict[int, dict[str, Any]]                                # summaries of one task and method by training seed
 
 
 def nested_ci(groups: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> list[float]:
@@ -55,19 +56,20 @@ def acting(run: Mapping[str, Any]) -> Mapping[str, Any]:
     return run["scores"].get("mpc", run["scores"]["policy"])
 
 
-def task_results(cells: Sequence[Cell], first: Sequence[Cell]) -> dict[str, Any] | None:
-    """Of one task and method, all training seeds that are done; None where none is. first: the same of the method that others are compared with."""
-    runs, reference = ({cell.seed: read_summary(folder) for cell in some if (folder := outcome(cell)) is not None} for some in (cells, first))
-    done, shared = list(runs.values()), [seed for seed in runs if seed in reference and cells != first]
-    if not done:
-        return None
+def finished(cells: Sequence[Cell]) -> Runs:
+    return {cell.seed: summary for cell in cells if (folder := outcome(cell)) is not None and (summary := read_summary(folder)) is not None}
+
+
+def task_results(cells: Sequence[Cell], runs: Runs, first: Runs) -> dict[str, Any]:
+    """Of one task and method. runs: its `finished` ones, at least one; first: those of the method that others are compared with."""
+    done, shared = list(runs.values()), [] if runs is first else [seed for seed in runs if seed in first]
     family = cells[0].cfg.task.family
     scores = {name: [s["scores"][name] for s in done] for name in ("data", *MODES) if name in done[0]["scores"]}
     found = {name: joined(s, family) for name, s in scores.items()}
     return {**found, "metric": done[0]["scores"]["bc"]["metric"], "env_steps": min(s["env_steps"] for s in done), "updates": min(s["updates"] for s in done),
             "wall_s": float(np.mean([s["wall_s"] for s in done])), "seeds_done": len(done), "seeds_wanted": len(cells),
             "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in scores if mode in ("policy", "mpc")},
-            "against_first": paired(*([acting(of[seed]) for seed in shared] for of in (runs, reference))) if shared else None,
+            "against_first": paired(*([acting(of[seed]) for seed in shared] for of in (runs, first))) if shared else None,
             "git": sorted({s["git"] for s in done})}
 
 
@@ -89,7 +91,8 @@ def results(study: Study) -> dict[str, Any]:
     own, by = next(iter(study.methods)), defaultdict(list)
     for cell in study.cells():
         by[cell.task, cell.method].append(cell)
-    methods = {m: {t: found for t in study.tasks if (found := task_results(by[t, m], by[t, own])) is not None} for m in study.methods}
+    runs = {(t, m): finished(by[t, m]) for t in study.tasks for m in study.methods}
+    methods = {m: {t: task_results(by[t, m], runs[t, m], runs[t, own]) for t in study.tasks if runs[t, m]} for m in study.methods}
     return {"study": study.to_dict(), "tasks": methods[own], "methods": methods, "over_tasks": over_tasks(methods), "command": command_line(),
             "git": git_commit(), "machine": machine(), "versions": versions()}
 
