@@ -140,7 +140,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Distill:
-    rule: Literal["all", "predicted", "realised", "exponential"]
+    rule: Literal["all", "predicted", "realised", "positive", "exponential"]
     target: Literal["executed", "planned"]
     n_step: int
     min_gain: float

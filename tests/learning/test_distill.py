@@ -42,7 +42,16 @@ def test_exponential_by_hand():
     assert out.mean().item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("rule", ["all", "predicted", "realised", "exponential"])
+@pytest.mark.parametrize("min_gain, raw", [(0.0, [1.0, 0, 0, 0.6, 9.0]), (0.5, [0.5, 0, 0, 0.1, 8.5]), (-15.0, [16.0, 14.0, 15.0, 15.6, 20.0])])
+def test_positive_by_hand(min_gain, raw):
+    torch.testing.assert_close(weights(rule="positive", min_gain=min_gain), 5 * torch.tensor(raw) / sum(raw))
+
+
+def test_where_nothing_was_better_than_expected_nothing_is_imitated():
+    assert imitation_weights(settings(rule="positive"), ONLINE, GAIN, ADVANTAGE - 10).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("rule", ["all", "predicted", "realised", "positive", "exponential"])
 def test_weights_are_finite_floats_one_a_row(rule):
     out = weights(rule=rule)
     assert out.shape == (5,) and out.dtype == torch.float32 and torch.isfinite(out).all() and (out >= 0).all()

@@ -245,7 +245,7 @@ def test_realised_advantages_by_hand():
     assert float(learner.update_policy(batch, distil=False)["distill/share"]) == 1.0
 
 
-@pytest.mark.parametrize("rule", ["all", "predicted", "realised", "exponential"])
+@pytest.mark.parametrize("rule", ["all", "predicted", "realised", "positive", "exponential"])
 @pytest.mark.parametrize("parametrization", ["sample", "eps"])
 def test_every_rule_updates_on_mixed_batches(rule, parametrization):
     learner = make_learner(f"distill.rule={rule}", f"policy.parametrization={parametrization}")
