@@ -74,11 +74,11 @@ def task_results(cells: Sequence[Cell], runs: Runs, first: Runs) -> dict[str, An
 
 
 def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Interquartile mean of normalised scores over all tasks that every method has with equally many seeds: {method: {mode: {iqm, ci95}}}."""
+    """Interquartile mean of normalised scores over all tasks that every method has with equally many seeds, two at least: {method: {mode: {iqm, ci95}}}."""
     from rliable import library, metrics
     shared = [t for t in next(iter(methods.values()), {}) if all(t in m and m[t]["bc"]["normalized"] is not None for m in methods.values())]
     seeds = {m[t]["seeds_done"] for m in methods.values() for t in shared}
-    if not shared or len(seeds) != 1:
+    if not shared or len(seeds) != 1 or seeds == {1}:       # of one training seed the interval would be a point
         return {}
     matrices = {f"{name} {mode}": np.array([m[t][mode]["normalized_by_seed"] for t in shared]).T
                 for name, m in methods.items() for mode in MODES if all(mode in m[t] for t in shared)}

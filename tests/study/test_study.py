@@ -1,5 +1,6 @@
 """A study: its file, its tables from finished runs, and a real one on a tiny task."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -144,6 +145,7 @@ def test_over_tasks_by_rliable(tmp_path):
     assert found["modip"]["mpc"]["iqm"] == pytest.approx(100 * (6000 + 280.178953) / (12135.0 + 280.178953), abs=0.1)
     low, high = found["modip"]["mpc"]["ci95"]
     assert low < found["modip"]["mpc"]["iqm"] < high and found["no_planner"]["mpc"]["iqm"] < low
+    assert results(dataclasses.replace(s, seeds=[0]))["over_tasks"] == {}           # of one training seed there is no interval
     np.random.seed(7)                                                               # nobody's draws but its own count, and it takes none of anybody's
     assert results(s)["over_tasks"] == found and np.random.rand() == np.random.RandomState(7).rand()
 
