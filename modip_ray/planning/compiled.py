@@ -7,6 +7,7 @@ one graph for any number of environments and candidates, and each of its loops i
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -25,35 +26,37 @@ class CompileBeside:
         self.thread = beside(self.work, "the planner")
 
     def work(self) -> None:
-        rollout, denoise = self.compile()
-        if denoise is not None:
-            self.search.agent.policy.denoise = denoise
-        self.search.rollout = rollout                                               # last: planning/graphs.py sees by it that both are there
+        search, policy = self.search, self.search.agent.policy
+        with torch.inference_mode(), search.precision():
+            rollout = self.rollout() if search.cfg.planner.kind == "mppi" else search.rollout              # action_values rolls nothing out
+            if isinstance(policy, DiffusionPolicy):                                 # others: one pass through a small network, nothing to gain
+                policy.denoise = self.denoise(policy)
+        search.rollout = rollout                                                    # last: planning/graphs.py sees by it that both are there
         self.ready.set()
 
-    @torch.inference_mode()
-    def compile(self) -> tuple:
-        search, policy, model = self.search, self.search.agent.policy, self.search.agent.world_model
-        rollout, device, rows = compiled(search.rollout, "the planner"), search.agent.normalizer.obs_mean.device, EXAMPLE_ROWS
-        hidden = torch.zeros(rows, model.z_in.out_features, device=device)
-        actions = torch.zeros(rows, search.cfg.planner.horizon, policy.action_dim, device=device)
-        obs = torch.zeros(rows // 2, search.agent.obs_dim, device=device)
-        noisy = torch.zeros(rows, policy.horizon * policy.action_dim, device=device)
-        with search.precision():
-            hidden = hidden.to(model.z_in(model.encode(obs)).dtype)
-            for x in (hidden, actions):
-                torch._dynamo.mark_dynamic(x, 0)
-            rollout(hidden, actions)
-            if not isinstance(policy, DiffusionPolicy):                             # one pass through a small network: nothing to gain
-                return later(rollout), None
-            denoise, features = compiled(policy.denoise, "the planner"), policy.embed(obs)
-            for x in (features, noisy):
-                torch._dynamo.mark_dynamic(x, 0)
-            denoise(features, noisy, torch.zeros(1, dtype=torch.long, device=device))
-        return later(rollout), later(denoise)
+    def rollout(self) -> Callable:
+        search, model, rollout = self.search, self.search.agent.world_model, compiled(self.search.rollout, "the planner")
+        obs = torch.zeros(EXAMPLE_ROWS // 2, search.agent.obs_dim, device=search.agent.normalizer.obs_mean.device)
+        hidden = torch.zeros(EXAMPLE_ROWS, model.z_in.out_features, device=obs.device).to(model.z_in(model.encode(obs)).dtype)
+        actions = torch.zeros(EXAMPLE_ROWS, search.cfg.planner.horizon, search.agent.action_dim, device=obs.device)
+        return ran(rollout, (hidden, actions))
+
+    def denoise(self, policy: DiffusionPolicy) -> Callable:
+        device = self.search.agent.normalizer.obs_mean.device
+        features = policy.embed(torch.zeros(EXAMPLE_ROWS // 2, self.search.agent.obs_dim, device=device))
+        noisy = torch.zeros(EXAMPLE_ROWS, policy.horizon * policy.action_dim, device=device)
+        return ran(compiled(policy.denoise, "the planner"), (features, noisy), torch.zeros(1, dtype=torch.long, device=device))
 
 
-def later(function):
+def ran(function: Callable, rows: tuple[torch.Tensor, ...], *rest: torch.Tensor) -> Callable:
+    """A compiled function after its first call, for any number of these rows."""
+    for x in rows:
+        torch._dynamo.mark_dynamic(x, 0)
+    function(*rows, *rest)
+    return later(function)
+
+
+def later(function: Callable) -> Callable:
     """A compiled function that never compiles again: a call with other sizes than it was compiled for runs uncompiled."""
     def call(*args):
         with torch.compiler.set_stance("eager_on_recompile"):
