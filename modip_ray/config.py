@@ -175,6 +175,7 @@ class Online:
     min_online: int
     lr_scale: float
     policy_lr_scale: float | None
+    lr_final_scale: float
 
 
 @dataclass(frozen=True)

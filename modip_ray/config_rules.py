@@ -40,7 +40,7 @@ MOST = {
     "critic.updates_per_update": 1000,
     **dict.fromkeys("policy.batch_size world_model.batch_size eval.bootstrap eval.episodes eval.every_episodes rollout.segment_length".split(), 10**6),
     **dict.fromkeys("policy.lr policy.lr_final world_model.lr world_model.lr_final world_model.encoder_lr_scale".split(), 100.0),
-    **dict.fromkeys("online.lr_scale online.policy_lr_scale".split(), 100.0),
+    **dict.fromkeys("online.lr_scale online.policy_lr_scale online.lr_final_scale".split(), 100.0),
     **dict.fromkeys("critic.n_step critic.pretrain_n_step distill.n_step replay.shards resources.torch_threads".split(), 10_000),
     **dict.fromkeys("dppo.actor_lr dppo.critic_lr dppo.clip_rate".split(), 100.0),
     "dppo.n_steps": 10**6, "eval.seed": 2**31, "replay.capacity": 10**10,

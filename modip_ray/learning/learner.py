@@ -29,6 +29,7 @@ from modip_ray.model.critic import td_target
 from modip_ray.model.hardware import compiled, uses_compile
 from modip_ray.model.networks import ema_update
 from modip_ray.model.policy_critic import asks_policy
+from modip_ray.schedule import cosine
 
 Metrics = dict[str, Tensor]
 T = TypeVar("T")
@@ -82,13 +83,13 @@ class Learner:
         self.policy_opt = torch.optim.Adam([{"params": list(self.policy.parameters()), "scale": 1.0}], lr=cfg.policy.lr, fused=True)
 
     def set_lr(self, progress: float, online: bool) -> None:
-        """Cosine from lr to lr_final over the offline phase (progress 0..1); a constant share of lr online (online.lr_scale, online.policy_lr_scale)."""
+        """Cosine over a phase, progress 0..1: offline from lr to lr_final, online from online.lr_scale (or policy_lr_scale) of lr to lr_final_scale of that."""
         w, policy, o = self.cfg.world_model, self.cfg.policy, self.cfg.online
         policy_scale = o.lr_scale if o.policy_lr_scale is None else o.policy_lr_scale
         for opt, section, scale in ((self.model_opt, w, o.lr_scale), (self.value_opt, w, o.lr_scale), (self.policy_opt, policy, policy_scale)):
-            cosine = section.lr_final + (section.lr - section.lr_final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+            first, last = (section.lr * scale, section.lr * scale * o.lr_final_scale) if online else (section.lr, section.lr_final)
             for group in opt.param_groups:
-                group["lr"] = group["scale"] * (section.lr * scale if online else cosine)
+                group["lr"] = group["scale"] * cosine(first, last, progress)
 
     def update_model(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """One step of world model and critic on a batch of `ReplayBuffer.sequences`, then V's further ones, each on its part of the batch's rows."""

@@ -45,13 +45,19 @@ class Updater:
     def offline(self, stream: Stream) -> int:
         return self.cfg.pretrain.updates if stream == "model" else self.cfg.pretrain.policy_updates
 
+    def online(self, stream: Stream) -> float:
+        """Updates that the online phase comes to."""
+        online = self.cfg.online
+        return online.env_steps * online.updates_per_step * (self.cfg.policy.updates_per_update if stream == "policy" else 1)
+
     def update(self, stream: Stream, batch: Mapping[str, np.ndarray]) -> None:
         """The next update of a stream: offline ones first, with a cosine step size and plain behaviour cloning, then online ones."""
         if stream not in self.snapshots:
             self.take_snapshot(stream)
         count, offline = self.count(stream), self.offline(stream)
         online = count >= offline
-        self.learner.set_lr(count / max(offline, 1), online)
+        done, planned = (count - offline, self.online(stream)) if online else (count, offline)
+        self.learner.set_lr(done / max(planned, 1.0), online)
         if stream == "policy" and count == offline and self.learner.begin_online():
             self.take_snapshot(stream)                                              # a roll-back does not go behind the change of loss
         with self.timer(f"update/{stream}"):

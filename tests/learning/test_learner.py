@@ -201,6 +201,14 @@ def test_the_policys_own_share_of_its_step_size(share, expected):
     assert learner.value_opt.param_groups[0]["lr"] == pytest.approx(0.5 * learner.cfg.world_model.lr)
 
 
+@pytest.mark.parametrize(("progress", "left"), [(0.0, 1.0), (0.5, 0.6), (1.0, 0.2), (1.5, 0.2)])
+def test_online_step_sizes_fall_to_what_shall_be_left_of_them(progress, left):
+    learner = make_learner("online.policy_lr_scale=0.1", "online.lr_final_scale=0.2")
+    learner.set_lr(progress, online=True)
+    assert learner.policy_opt.param_groups[0]["lr"] == pytest.approx(0.1 * left * learner.cfg.policy.lr)
+    assert learner.value_opt.param_groups[0]["lr"] == pytest.approx(0.5 * left * learner.cfg.world_model.lr)
+
+
 def test_every_parameter_is_trained_once():
     learner = make_learner()
     trained = [id(p) for opt in learner.optimizers().values() for group in opt.param_groups for p in group["params"]]
