@@ -18,6 +18,8 @@ from modip_ray.study.spec import Study
 STYLES = {"mpc": "-", "policy": (0, (4, 2))}
 NAMES = {"mpc": "MPC-acting", "policy": "DP-only"}
 
+LATE = 1.05                                                     # evaluations lie a little behind their due step, so one seed's last may be behind another's
+
 Curve = dict[int, tuple[float, float]]                          # by environment steps: wall seconds, mean score
 
 
@@ -42,12 +44,14 @@ def read_curve(run: Path, mode: str) -> Curve:
 
 
 def over_seeds(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """At the steps (n,) where every seed was evaluated (evaluations lie a little behind their due step, so the nearest k-th ones are joined):
-    mean steps, mean wall seconds, mean score, and (n, 2) the least and the greatest seed."""
-    n = min(map(len, curves))
-    points = np.array([[(step, *values) for step, values in sorted(c.items())][:n] for c in curves])       # (seeds, n, 3)
-    steps, wall, score = points.mean(0).T
-    return steps, wall, score, np.stack([points[..., 2].min(0), points[..., 2].max(0)], 1)
+    """At the steps (n,) of the seed that was evaluated least often, as far as every seed is, the others interpolated between theirs:
+    steps, mean wall seconds, mean score, and (n, 2) the least and the greatest seed."""
+    reached = LATE * min(max(c) for c in curves)
+    steps = np.array([s for s in sorted(min(curves, key=len)) if s <= reached], float)
+    at_steps = [[np.interp(steps, sorted(c), [c[s][i] for s in sorted(c)]) for i in range(2)] for c in curves]        # (seeds, 2, n)
+    wall, score = np.mean(at_steps, 0)
+    scores = np.array(at_steps)[:, 1]                                               # (seeds, n)
+    return steps, wall, score, np.stack([scores.min(0), scores.max(0)], 1)
 
 
 def draw(task: str, methods: Sequence[str], curves: dict[tuple[str, str], list[Curve]]) -> Figure:
@@ -67,5 +71,5 @@ def draw(task: str, methods: Sequence[str], curves: dict[tuple[str, str], list[C
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _, axes=axes: short_number(v, axes.get_xlim()[1])))
     left.set_title(task, loc="left", color=INK, fontweight="bold")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9, handlelength=3.5)
     return figure

@@ -106,6 +106,7 @@ def write_results(study: Study) -> dict[str, Any]:
     """results.json, results.md and curves.svg into the study's folder, of whatever is done."""
     from modip_ray.study.curves import write_curves
     found = results(study)
+    study.folder.mkdir(parents=True, exist_ok=True)                                 # gone where only what is kept is left
     pictures = write_curves(study)
     write_synced(study.folder / "results.md", markdown(found, pictures))
     write_synced(study.folder / "results.json", json.dumps(found, indent=1))
