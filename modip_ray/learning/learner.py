@@ -21,7 +21,7 @@ from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.learning.distill import imitation_weights
 from modip_ray.learning.guard import UpdateGuard
-from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.limiter import STREAMS, Stream, updates_per_step
 from modip_ray.learning.parallel import ALONE, Replicas
 from modip_ray.learning.reanalyze import Reanalyze
 from modip_ray.model.agent import Agent
@@ -233,7 +233,7 @@ class Learner:
 
     def env_steps(self) -> float:
         """Environment steps that this many policy updates belong to."""
-        rate = self.cfg.online.updates_per_step * self.cfg.policy.updates_per_update
+        rate = updates_per_step(self.cfg)["policy"]
         return max(self.policy_updates - self.cfg.pretrain.policy_updates, 0) / rate if rate else 0.0
 
     def ema_decay(self) -> float:

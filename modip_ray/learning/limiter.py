@@ -13,18 +13,26 @@ LEARNING_WAITS = "wait/collection"      # learning has used up what collection a
 COLLECTION_WAITS = "wait/learning"      # collection is too far ahead of learning
 
 
-class RateLimiter:
-    """Updates allowed = offline updates + rate * inserted environment steps, for each of the two update streams.
+def offline_updates(cfg: Config) -> dict[Stream, int]:
+    """Updates of each stream before its online ones."""
+    return {"model": cfg.pretrain.updates, "policy": cfg.pretrain.policy_updates}
 
-    rate of "model" is online.updates_per_step; of "policy" that times policy.updates_per_update. No online update before online.min_online
-    steps are there. Collection stops while it is more than replay.samples_per_insert_slack steps ahead of the slower
+
+def updates_per_step(cfg: Config) -> dict[Stream, float]:
+    """Online updates of each stream for an environment step."""
+    rate = cfg.online.updates_per_step
+    return {"model": rate, "policy": rate * cfg.policy.updates_per_update}
+
+
+class RateLimiter:
+    """Updates allowed = offline updates + updates per step * inserted environment steps, for each of the two update streams.
+
+    No online update before online.min_online steps are there. Collection stops while it is more than replay.samples_per_insert_slack steps ahead of the slower
     stream and there is something to learn from them.
     """
 
     def __init__(self, cfg: Config):
-        rate = cfg.online.updates_per_step
-        self.offline: dict[Stream, int] = {"model": cfg.pretrain.updates, "policy": cfg.pretrain.policy_updates}
-        self.rate: dict[Stream, float] = {"model": rate, "policy": rate * cfg.policy.updates_per_update}
+        self.offline, self.rate = offline_updates(cfg), updates_per_step(cfg)
         self.min_online = min(cfg.online.min_online, cfg.online.env_steps)
         self.slack = cfg.replay.samples_per_insert_slack
         self.inserted = 0

@@ -13,7 +13,7 @@ from modip_ray.config import Config
 from modip_ray.learning.checkpoint import CheckpointError
 from modip_ray.learning.guard import DivergedError, extremes
 from modip_ray.learning.learner import Learner, Metrics, mean_metrics
-from modip_ray.learning.limiter import STREAMS, Stream
+from modip_ray.learning.limiter import STREAMS, Stream, offline_updates, updates_per_step
 from modip_ray.model.networks import load_vector
 from modip_ray.timing import Timer
 
@@ -42,21 +42,13 @@ class Updater:
         """Updates made."""
         return self.learner.updates if stream == "model" else self.learner.policy_updates
 
-    def offline(self, stream: Stream) -> int:
-        return self.cfg.pretrain.updates if stream == "model" else self.cfg.pretrain.policy_updates
-
-    def online(self, stream: Stream) -> float:
-        """Updates that the online phase comes to."""
-        online = self.cfg.online
-        return online.env_steps * online.updates_per_step * (self.cfg.policy.updates_per_update if stream == "policy" else 1)
-
     def update(self, stream: Stream, batch: Mapping[str, np.ndarray]) -> None:
         """The next update of a stream: offline ones first, with a cosine step size and plain behaviour cloning, then online ones."""
         if stream not in self.snapshots:
             self.take_snapshot(stream)
-        count, offline = self.count(stream), self.offline(stream)
+        count, offline = self.count(stream), offline_updates(self.cfg)[stream]
         online = count >= offline
-        done, planned = (count - offline, self.online(stream)) if online else (count, offline)
+        done, planned = (count - offline, updates_per_step(self.cfg)[stream] * self.cfg.online.env_steps) if online else (count, offline)
         self.learner.set_lr(done / max(planned, 1.0), online)
         if stream == "policy" and count == offline and self.learner.begin_online():
             self.take_snapshot(stream)                                              # a roll-back does not go behind the change of loss

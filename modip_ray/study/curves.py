@@ -48,10 +48,10 @@ def over_seeds(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndar
     steps, mean wall seconds, mean score, and (n, 2) the least and the greatest seed."""
     reached = LATE * min(max(c) for c in curves)
     steps = np.array([s for s in sorted(min(curves, key=len)) if s <= reached], float)
-    at_steps = [[np.interp(steps, sorted(c), [c[s][i] for s in sorted(c)]) for i in range(2)] for c in curves]        # (seeds, 2, n)
-    wall, score = np.mean(at_steps, 0)
-    scores = np.array(at_steps)[:, 1]                                               # (seeds, n)
-    return steps, wall, score, np.stack([scores.min(0), scores.max(0)], 1)
+    points = [np.array([(step, *values) for step, values in sorted(c.items())]).T for c in curves]         # each (3, its evaluations)
+    at_steps = np.array([[np.interp(steps, own, values) for values in (wall, score)] for own, wall, score in points])       # (seeds, 2, n)
+    (wall, score), (_, least), (_, greatest) = at_steps.mean(0), at_steps.min(0), at_steps.max(0)
+    return steps, wall, score, np.stack([least, greatest], 1)
 
 
 def draw(task: str, methods: Sequence[str], curves: dict[tuple[str, str], list[Curve]]) -> Figure:
