@@ -205,7 +205,7 @@ def verified(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: has format {marker['format']!r}, this program reads 1 and {FORMAT}; it was written by a newer version, use that one")
     if text != as_json(marker):                                                     # nothing sums the marker up: not even a blank may differ
         raise CheckpointError(f"{folder / DONE}: is not as it was written, the file is damaged")
-    sums = marker.get("files", marker) if isinstance(marker, dict) else None
+    sums = marker.get("files") if isinstance(marker, dict) and "format" in marker else marker          # format 1: bare sums
     if not isinstance(sums, dict) or not isinstance(counters, dict) or COUNTERS not in sums:
         raise CheckpointError(f"{folder}: marker or counters are not what this program writes")
     for name, expected in sums.items():

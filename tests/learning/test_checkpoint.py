@@ -18,6 +18,7 @@ from modip_ray.learning.checkpoint import (
     read_state,
     sha256,
     stage_best,
+    verified,
     write_state,
 )
 from modip_ray.learning.learner import Learner
@@ -75,6 +76,19 @@ def test_a_damaged_newest_is_named_and_the_previous_one_used(tmp_path, capsys, d
         (last / "done").write_text("{")
     assert newest(tmp_path).counters["env_steps"] == 10
     assert last.name in capsys.readouterr().err
+
+
+def test_every_flipped_bit_of_the_marker_is_noticed(tmp_path):
+    marker = save(tmp_path, 10) / "done"
+    written = marker.read_bytes()
+    for bit in range(8 * len(written)):
+        data = bytearray(written)
+        data[bit // 8] ^= 1 << bit % 8
+        marker.write_bytes(data)
+        with pytest.raises(CheckpointError):
+            verified(marker.parent)
+    marker.write_bytes(written)
+    assert verified(marker.parent).counters["env_steps"] == 10
 
 
 def test_when_none_is_sound_it_raises(tmp_path):
