@@ -263,6 +263,11 @@ class Resources:
     restart_s: float
     snapshot_s: float
 
+    @property
+    def patience_s(self) -> float:
+        """How long one role waits for another, which may be starting again. The driver, who knows whether it is, ends a run before that."""
+        return self.call_timeout_s + self.restart_s
+
 
 @dataclass(frozen=True)
 class Log:

@@ -28,6 +28,7 @@ from modip_ray.report.rundata import flatten
 
 FREE = ("run_dir", "serial", "resources.", "log.", "eval.", "online.env_steps", "rollout.num_workers", "rollout.env_timeout_s",
         "rollout.max_env_failures", "planner.replicas")    # may differ when a run goes on
+OFFLINE_PHASES = ("data", "pretrain")
 PACKAGES = ("torch", "numpy", "ray", "gymnasium", "mujoco")
 
 
@@ -68,6 +69,15 @@ class RunFolder:
             self.lock = self.locked()
         except (OSError, ValueError) as error:                                      # ValueError: a name that no file can have
             raise RunError(f"run_dir: {shown(str(self.path))} cannot be made or written ({error}); choose another run_dir") from error
+        self.checkpoint: Checkpoint | None = None
+        try:
+            self.open()
+        except BaseException:
+            self.lock.close()                                                       # a notebook keeps the exception, and this object with it
+            raise
+
+    def open(self) -> None:
+        cfg = self.cfg
         if cfg.log.mirror is not None:
             self.restore(cfg.log.mirror)
         earlier = saved_config_tree(self.path)
@@ -75,9 +85,17 @@ class RunFolder:
             raise RunError(f"{self.path}: holds checkpoints but no config.yaml; restore it, or use another run_dir")
         if earlier is not None and self.begun():
             check_same(earlier, cfg, self.path)
-        self.checkpoint: Checkpoint | None = newest(self.checkpoints, set_aside=True)
+        self.checkpoint = newest(self.checkpoints, set_aside=True)
         with disk_errors(self.path):
+            self.set_journal_aside()
             write_synced(self.path / "config.yaml", cfg.dump())
+
+    def set_journal_aside(self) -> None:
+        """Where pre-training begins or goes on, what a journal holds of an online phase has no place: its BC policy would have been trained on it."""
+        journal, phase = self.path / "journal", self.checkpoint.counters.get("phase") if self.checkpoint is not None else "data"
+        if phase in OFFLINE_PHASES and any(part.stat().st_size for part in journal.glob("*/part_*")):
+            os.replace(journal, aside := self.path / f"set_aside_journal_{time.time_ns()}")
+            print(f"modip: there is no checkpoint of the online phase, so the run begins that anew; what was collected before is in {aside}", file=sys.stderr)
 
     def begun(self) -> bool:
         """There is something that its settings have decided; a run that ended at its data's name has nothing yet."""
@@ -122,6 +140,18 @@ class RunFolder:
 
     def __exit__(self, *exc: object) -> None:
         self.lock.close()
+
+
+def is_open(path: Path) -> bool:
+    """A process is training in this run folder now."""
+    try:
+        with open(path / ".lock") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def read_summary(path: Path) -> dict | None:

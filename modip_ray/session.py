@@ -31,7 +31,8 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """The first Ctrl-C or SIGTERM is noted, and `check` raises Stopped; the second Ctrl-C interrupts at once. Outside the main thread signals stay as they are.
+    """The first Ctrl-C, SIGTERM or SIGHUP (unless that is ignored, as nohup has it) is noted, and `check` raises Stopped; the second Ctrl-C interrupts at
+    once. Outside the main thread signals stay as they are.
 
     From the first one on there are `grace_s` seconds (0: no limit) until `saved` is called: then RunError is raised wherever the main thread is.
     """
@@ -44,6 +45,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             handlers = {signal.SIGINT: self.note, signal.SIGTERM: self.note, signal.SIGALRM: self.too_late}
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                handlers[signal.SIGHUP] = self.note
             self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 

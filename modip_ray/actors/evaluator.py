@@ -68,4 +68,4 @@ class EvaluatorActor:
         return self.timer.snapshot()
 
     def get(self, ref: ray.ObjectRef) -> Any:
-        return ray.get(ref, timeout=self.cfg.resources.call_timeout_s)
+        return ray.get(ref, timeout=self.cfg.resources.patience_s)

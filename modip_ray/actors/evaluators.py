@@ -37,9 +37,8 @@ class Evaluators:
         self.actors.append(actor)
 
     def request(self, jobs: Sequence[Job]) -> bool:
-        """Evaluate the weights of now beside the training; False while the last request is not finished."""
-        self.collect(0)
-        if self.asked is not None:
+        """Evaluate the weights of now beside the training; False while the last request is not finished and reported."""
+        if self.asked is not None or self.finished:                                 # who asks keeps one candidate: that of the report to come
             return False
         self.asked = self.actors[0].measure.remote(list(jobs))
         return True

@@ -65,7 +65,7 @@ class LearnerActor:
             if part == stream:
                 self.life.note = f"from update {self.updater.count(stream)} on ({source})"
         self.ranks.begin(self.learner)
-        self.batches = BatchSource([ray.get_actor(name) for name in replays], stream, used, cfg.replay.prefetch, cfg.resources.call_timeout_s, self.timer)
+        self.batches = BatchSource([ray.get_actor(name) for name in replays], stream, used, cfg.replay.prefetch, cfg.resources.patience_s, self.timer)
         self.versions: dict[str, int] = {}
         self.exchanged_at = float("-inf")
         self.sent: deque[ray.ObjectRef] = deque()
@@ -173,4 +173,4 @@ class LearnerActor:
         return self.updater.count(self.stream)
 
     def get(self, ref: ray.ObjectRef) -> Any:
-        return ray.get(ref, timeout=self.cfg.resources.call_timeout_s)
+        return ray.get(ref, timeout=self.cfg.resources.patience_s)

@@ -6,6 +6,7 @@ torch is imported when the actor is built: rollout workers load this file to cal
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from modip_ray.actors.channel import Server
 from modip_ray.actors.pulse import ASYNC_PULSE, Life, Pulse
 from modip_ray.config import Config
 from modip_ray.learning.collector import Planned, Query
+from modip_ray.tasks.envs import env_seed
 from modip_ray.timing import Timer
 
 MakeServer = Callable[[Config, int, int, float, int, Timer], Any]
@@ -32,7 +34,8 @@ def plan_server(cfg: Config, obs_dim: int, action_dim: int, gpus: float, replica
     from modip_ray.planning.planner import Planner
     prepare_process(cfg.resources.torch_threads)
     agent = blank_agent(cfg, obs_dim, action_dim, device_of(cfg, gpus))
-    return PlanServer(cfg, Planner(cfg, agent, seed=cfg.seed + replica, timer=timer), lambda: torch.set_num_threads(cfg.resources.torch_threads))
+    seed = env_seed(cfg.seed, replica, secrets.randbits(32))                        # begun anew or resumed, it does not draw the same noise again
+    return PlanServer(cfg, Planner(cfg, agent, seed=seed, timer=timer), lambda: torch.set_num_threads(cfg.resources.torch_threads))
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)
@@ -70,15 +73,14 @@ class PlannerActor:
         if self.pulling is not None and self.pulling.done():
             self.pulling.result()                                                   # a pull that failed is an error of the planner
         if time.monotonic() - self.pulled_at >= self.cfg.planner.weights_every_s and (self.pulling is None or self.pulling.done()):
-            first = self.pulled_at == float("-inf")
             self.pulled_at = time.monotonic()
             self.pulling = asyncio.create_task(self.pull())
-            if first:
-                await self.pulling                                                  # never plan with the weights of before the training
+        if not self.versions and self.pulling is not None:
+            await asyncio.shield(self.pulling)                                      # nobody plans with the weights of before the training
         return await self.queue.submit((query.worker, query.incarnation), query, len(query.obs))
 
     async def pull(self) -> None:
-        newer, env_steps = await asyncio.wait_for(self.store.newer.remote(self.versions), self.cfg.resources.call_timeout_s)
+        newer, env_steps = await asyncio.wait_for(self.store.newer.remote(self.versions), self.cfg.resources.patience_s)
         wanted = {part: found for part, found in newer.items() if part in ("agent", "policy", "model")}
         before = self.server.pending[0] if self.server.pending is not None else {}
         self.versions |= {part: version for part, (version, _) in wanted.items()}

@@ -151,8 +151,9 @@ class RolloutWorker:
             self.hang_up(group)
 
     def answer(self, group: Group) -> Planned:
-        """The group's plan. A planner that died is restarted by Ray, at a new address: ask again; one that is silent for too long is an error."""
-        deadline = time.monotonic() + self.cfg.resources.call_timeout_s
+        """The group's plan. A planner that died is restarted by Ray, at a new address: ask again; one that is away for too long is an error."""
+        limit = self.cfg.resources.patience_s
+        deadline = time.monotonic() + limit
         with self.timer("wait/planner"):
             while time.monotonic() < deadline:
                 try:
@@ -163,7 +164,7 @@ class RolloutWorker:
                     self.hang_up(group)
                 time.sleep(ASK_AGAIN_S)
                 self.ask(group)
-        raise RunError(f"the planner did not answer within {self.cfg.resources.call_timeout_s:g} s (resources.call_timeout_s)")
+        raise RunError(f"the planner did not answer within {limit:g} s (resources.call_timeout_s + resources.restart_s)")
 
     def hang_up(self, group: Group) -> None:
         if group.line is not None:
@@ -176,5 +177,5 @@ class RolloutWorker:
         return RolloutReport(self.incarnation, self.total, self.stored, returns, faults, self.timer.snapshot())
 
     def get(self, ref: ray.ObjectRef) -> Any:
-        return ray.get(ref, timeout=self.cfg.resources.call_timeout_s)
+        return ray.get(ref, timeout=self.cfg.resources.patience_s)
 

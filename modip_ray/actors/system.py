@@ -43,10 +43,11 @@ class RaySystem:
     def __init__(self, setup: Setup):
         self.setup, self.cfg, self.timer = setup, setup.cfg, Timer()
         self.cluster = Cluster(setup.cfg)
+        self.supervisor = Supervisor(setup.cfg.resources, self.timer, setup.folder / LIVE if setup.folder is not None else None)
         try:
             self.build()
         except BaseException:
-            self.cluster.close()
+            self.close()
             raise
 
     def build(self) -> None:
@@ -59,8 +60,7 @@ class RaySystem:
         self.planner_names = [f"planner-{run}-{i}" for i in range(cfg.planner.replicas)]
         folder, checkpoint = self.setup.folder, self.setup.checkpoint
         live = open_live(folder, run) if folder is not None else None
-        self.supervisor = watch = Supervisor(cfg.resources, self.timer, folder / LIVE if folder is not None else None)
-        self.call = watch.call
+        watch, self.call = self.supervisor, self.supervisor.call
         self.bc, self.final = saved_bc(checkpoint), {}                              # final: all weights, once training is over
         self.env_steps, self.pool = 0, None
         self.kept = agent, shared, *data = [ray.put(x) for x in (spec.weights, spec, *(episodes[i::shards] for i in range(shards)))]
@@ -90,7 +90,7 @@ class RaySystem:
         if self.bc is not None:
             self.restore_weights()
 
-    pool: RolloutPool | None
+    pool: RolloutPool | None = None
     final: Newer
     kept: list[ray.ObjectRef]           # large arguments of actors that may restart: the copies that Ray makes by itself were gone at times
 
@@ -295,4 +295,10 @@ class RaySystem:
         return self.supervisor.processes()
 
     def close(self) -> None:
+        """On a Ray that goes on the actors would stay, with their processors and locks: nothing frees them as long as this object is known to somebody."""
+        if not self.cluster.own:
+            if self.pool is not None:
+                self.pool.close()
+            for group in {role.group for role in self.supervisor.roles.values()}:
+                self.supervisor.remove(group)
         self.cluster.close()

@@ -20,8 +20,9 @@ from modip_ray.model.networks import EnsembleMLP, mlp, without_gradient
 from modip_ray.model.policy_critic import PolicyCritic
 from modip_ray.model.world_model import WorldModel
 
-BOUND = 1.5                         # largest noise (their action_magnitude)
+BOUND = 1.0                         # largest noise
 TARGET_ENTROPY = 0.0
+TEMPERATURE = 0.005                 # at the start. Theirs falls from one return unit in ten times the updates that a run has here
 LOG_STD = (-20.0, 2.0)              # limits of the logarithm of the spread before tanh
 
 
@@ -34,7 +35,7 @@ class SteeredPolicy(DiffusionPolicy):
         size = p.horizon * action_dim
         self.actor = mlp([obs_dim, p.width, p.width, 2 * size])
         self.noise_q = EnsembleMLP(cfg.critic.members, [obs_dim + size, p.width, p.width, 1])
-        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE)))
         self.steering = nn.Parameter(torch.zeros(()), requires_grad=False)          # a parameter, so that it travels with the running average
 
     def steered(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

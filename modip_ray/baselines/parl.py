@@ -22,7 +22,7 @@ class ActionSearch(Search):
     def search(self, s: Tensor, noise: Noise, warm: Tensor, has_warm: Tensor, limits: Tensor) -> Found:
         """As `Search.search`; warm, has_warm, limits and noise.gaussian are not used."""
         p = self.cfg.planner
-        proposals = self.agent.propose(s, noise.start, p.proposal_steps)[:, :, : p.horizon]      # (B, P, H, Da)
+        proposals = self.agent.propose(s, noise.start, self.cfg.policy.sampling_steps)[:, :, : p.horizon]       # (B, P, H, Da), as the policy itself acts
         z = self.agent.world_model.encode(s).float()                                # (B, Dz)
         members = self.returns(z, proposals)                                        # (E, B, P)
         best = members.mean(0).topk(p.elites, -1).indices[..., None, None].expand(-1, -1, *proposals.shape[2:])
@@ -41,11 +41,11 @@ class ActionSearch(Search):
         return self.agent.critic.action_value(z[:, None].expand(-1, actions.shape[1], -1), actions)
 
     def climb(self, z: Tensor, actions: Tensor) -> Tensor:
-        """Gradient ascent on the members' mean: z (B, Dz), actions (B, M, Da) in -1..1, where they stay."""
+        """Gradient ascent on the members' mean, in units of the data's return spread: z (B, Dz), actions (B, M, Da) in -1..1, where they stay."""
         with torch.inference_mode(False), torch.enable_grad():                      # planners run in inference mode
             z, actions = z.clone(), actions.clone()
             for _ in range(self.cfg.planner.iterations):
                 actions = actions.detach().requires_grad_()
-                gradient, = torch.autograd.grad(self.q(z, actions).mean(0).sum(), actions)
+                gradient, = torch.autograd.grad(self.q(z, actions).mean(0).sum() / self.agent.critic.scale, actions)
                 actions = (actions + self.cfg.planner.step_size * gradient).clamp(-1, 1)
             return actions.detach()

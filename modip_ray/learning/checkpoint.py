@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ State = dict[str, np.ndarray]
 DONE, COUNTERS = "done", "counters.json"
 FORMAT = 2
 PARTIAL, BEST = ".partial", "best_"
+NAME = re.compile(r"step_(\d+)_u(\d+)(?:\.(\d+))?")
 ACTING = ("learner_", "bc", COUNTERS)    # what a checkpoint's files that acting needs begin with
 
 
@@ -96,7 +98,7 @@ def begin(root: Path, name: str = PARTIAL) -> Path:
 def commit(folder: Path, counters: Mapping[str, Any], keep: int) -> Path:
     """Counters and the marker into the folder, then its final name at once; older checkpoints than the newest `keep` go."""
     final = folder.with_name(name_of(counters["env_steps"], counters["updates"]))
-    before = [again for name, again in (order(p.name) for p in folders(final.parent)) if name == final.name]
+    before = [again for *counts, again in (order(p.name) for p in folders(final.parent)) if counts == [counters["env_steps"], counters["updates"]]]
     if before:                                                                      # the same counters, saved again
         final = final.with_name(f"{final.name}.{before[0] + 1}")
     seal(folder, counters, final)
@@ -160,10 +162,11 @@ def folders(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step_*_u*") if p.is_dir()), key=lambda p: order(p.name), reverse=True) if root.is_dir() else []
 
 
-def order(name: str) -> tuple[str, int]:
-    """Checkpoint names by age: counters, then how many of the same counters came before (the number behind the dot)."""
-    counters, _, again = name.partition(".")
-    return counters, int(again) if again.isdigit() else 0
+def order(name: str) -> tuple[int, int, int]:
+    """Checkpoint names by age: environment steps, updates, then how many of the same counters came before (the number behind the dot)."""
+    found = NAME.fullmatch(name)
+    steps, updates, again = found.groups(default="0") if found else ("-1", "-1", "0")
+    return int(steps), int(updates), int(again)
 
 
 def newest(root: Path, set_aside: bool = False) -> Checkpoint | None:
@@ -212,7 +215,11 @@ def verified(folder: Path) -> Checkpoint:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{path}: is missing")
-        if sha256(path) != expected:
+        try:
+            found = sha256(path)
+        except OSError as error:                                                    # a bad sector, or a file system that is gone
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        if found != expected:
             raise CheckpointError(f"{path}: its sha256 is not the one of the marker, the file is damaged")
     return Checkpoint(folder, counters)
 

@@ -237,7 +237,9 @@ class Learner:
         return max(self.policy_updates - self.cfg.pretrain.policy_updates, 0) / rate if rate else 0.0
 
     def ema_decay(self) -> float:
-        """Warm-up as in Diffusion Policy: early steps average over fewer updates, so the start point is forgotten."""
+        """Warm-up as in Diffusion Policy: early steps average over fewer updates, so the start point is forgotten. DSRL's actor acts as it is."""
+        if isinstance(self.policy, SteeredPolicy) and self.policy_updates > self.cfg.pretrain.policy_updates:
+            return 0.0
         return min(self.cfg.policy.ema, (1 + self.policy_updates) / (10 + self.policy_updates))
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,12 +35,29 @@ def write_rows(episodes: Sequence[Episode], gamma: float, shards: int, folder: P
     for i, path in enumerate(paths):
         own, partial = episodes[i::shards], path.with_name(f".{path.name}")
         shape = sum(e.length for e in own), own[0].observations.shape[1] + own[0].actions.shape[1] + EXTRA
-        steps = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        buffer = in_memory(own, gamma, steps)
-        steps.flush()
-        np.save(ends_of(path), np.column_stack([buffer.end_obs, buffer.end_terminated]).astype(np.float32)[:len(own)])
+        try:
+            steps = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+            take_room(partial)
+            buffer = in_memory(own, gamma, steps)
+            steps.flush()
+            with open(ends := ends_of(partial), "wb") as file:
+                np.save(file, np.column_stack([buffer.end_obs, buffer.end_terminated]).astype(np.float32)[:len(own)])
+        except OSError:
+            partial.unlink(missing_ok=True)                                         # a full disk gets its room back
+            raise
+        os.replace(ends, ends_of(path))
         os.replace(partial, path)
     return paths
+
+
+def take_room(path: Path) -> None:
+    """Have a file's bytes on the disk before they are written through memory, where a full disk would be a bus error. OSError where there is no room."""
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):                 # a file system that cannot say
+                raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def ends_of(path: Path) -> Path:

@@ -130,7 +130,9 @@ def learner_state(learner: Learner, streams: Iterable[Stream] = STREAMS, into: M
     parts: dict[Stream, State] = {s: {k: copied(v, into[s].get(k) if into else None) for k, v in arrays.items() if part_of(k) == s} for s in streams}
     for s, part in parts.items():
         part["updates"] = np.array(learner.updates if s == "model" else learner.policy_updates)
-        part["guard"] = learner.guards[s].recent.cpu().numpy().copy()
+        part["guard"], part["streak"] = (t.cpu().numpy().copy() for t in (learner.guards[s].recent, learner.guards[s].streak))
+    if "model" in parts:
+        parts["model"]["value_guard"] = learner.value_guard.recent.cpu().numpy().copy()
     return parts
 
 
@@ -153,8 +155,10 @@ def load_learner(learner: Learner, stream: Stream, state: Mapping[str, np.ndarra
     for name, opt in learner.optimizers().items():
         if part_of(f"{name}.") == stream:
             opt.load_state_dict({"state": moments(state, name), "param_groups": opt.state_dict()["param_groups"]})
-    if "guard" in state:                                                            # not in older checkpoints
-        learner.guards[stream].recent.copy_(torch.from_numpy(np.array(state["guard"])))
+    guard = learner.guards[stream]
+    for name, tensor in {"guard": guard.recent, "streak": guard.streak, "value_guard": learner.value_guard.recent}.items():
+        if name in state:                                                           # older checkpoints lack some
+            tensor.copy_(torch.from_numpy(np.array(state[name])))
     if stream == "model":
         learner.updates = int(state["updates"])
     else:

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modip_ray.config import ConfigError
-from modip_ray.learning.checkpoint import CheckpointError, folders
+from modip_ray.learning.checkpoint import folders, order
 from modip_ray.learning.evaluation import EvalMode, modes_of
 from modip_ray.policy import RunPolicy, load
 from modip_ray.serve.query import Limits, Query
@@ -97,10 +96,10 @@ class Engine:
             return False
         try:
             policy = load(self.run, self.mode, 0, self.overrides)                   # an older one where the newest is damaged
-        except (CheckpointError, ConfigError, FileNotFoundError) as error:          # just being removed: the next look finds another
-            self.problem = str(error)
+        except Exception as error:                                                  # noqa: BLE001 - said; what acts goes on, and the next look may find another
+            self.problem = f"{type(error).__name__}: {error}"
             return False
-        self.passed_over = "" if policy.version >= found[0].name else found[0].name
+        self.passed_over = "" if order(policy.version) >= order(found[0].name) else found[0].name
         self.problem = f"{found[0]} cannot be used, {policy.version} acts" if self.passed_over else ""
         if policy.version == self.policy.version:
             return False

@@ -15,7 +15,7 @@ from typing import Any
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.learning.evaluation import modes_of
 from modip_ray.report.scores import duration, number
-from modip_ray.runfolder import RunError, check_same, read_summary, saved_config_tree
+from modip_ray.runfolder import RunError, check_same, is_open, read_summary, saved_config_tree
 from modip_ray.session import StopSignals
 from modip_ray.study.kept import keep, outcome
 from modip_ray.study.spec import Cell, Study
@@ -53,27 +53,44 @@ def run_study(study: Study) -> dict[str, Any] | None:
 
 
 def run_cells(todo: Sequence[Cell], at_once: int, stop: StopSignals) -> list[Cell]:
-    """Run them, at most `at_once` at a time; returns those that failed, or could not begin as their start failed. A stop lets each save and exit."""
-    waiting, running, failed = list(todo), [], []
-    while running or waiting:
-        if stop.asked:
-            waiting = []
-            for one in running:
-                one.process.send_signal(signal.SIGTERM)
-                one.process.wait()
-        for one in [r for r in running if r.process.poll() is not None]:
-            running.remove(one)
-            if not note(one, stop.asked):
-                failed.append(one.cell)
-        failed += [c for c in waiting if c.start in failed]
-        waiting = [c for c in waiting if c not in failed]
-        ready = [c for c in waiting if c.start is None or outcome(c.start) is not None]
-        if ready and len(running) < at_once:
-            waiting.remove(ready[0])
-            running.append(launched(ready[0]))
-        elif running:
-            time.sleep(POLL_S)
+    """Run them, at most `at_once` at a time; returns those that failed, or could not begin as their start failed. A stop, or whatever else ends this
+    process but SIGKILL, lets each save and exit. One that another process still runs, for a driver that was killed, is waited for.
+    """
+    waiting, running, failed, told = list(todo), [], [], set()
+    try:
+        while running or waiting:
+            if stop.asked:
+                waiting = []
+                end(running)
+            for one in [r for r in running if r.process.poll() is not None]:
+                running.remove(one)
+                if not note(one, stop.asked):
+                    failed.append(one.cell)
+            failed += [c for c in waiting if c.start in failed]
+            waiting = [c for c in waiting if c not in failed]
+            ready = [c for c in waiting if c.start is None or outcome(c.start) is not None]
+            others = {c.name: c for c in ready if is_open(c.folder)}
+            for name in others.keys() - told:
+                print(f"{time.strftime('%H:%M')} {name} is run by another process, of an earlier driver perhaps; waiting for it", flush=True)
+            told |= others.keys()
+            ready = [c for c in ready if c.name not in others]
+            if ready and len(running) + len(others) < at_once:
+                waiting.remove(ready[0])
+                running.append(launched(ready[0]))
+            elif running or waiting:
+                time.sleep(POLL_S)
+    finally:
+        end(running)
     return failed
+
+
+def end(running: Sequence[Running]) -> None:
+    """Let each save and exit; all are told before one is waited for."""
+    for one in running:
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGTERM)
+    for one in running:
+        one.process.wait()
 
 
 def launched(cell: Cell) -> Running:

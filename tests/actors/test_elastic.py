@@ -104,10 +104,24 @@ def run(nodes, tmp_path_factory):
     folder = begin(tmp_path_factory.mktemp("run") / "checkpoints")
     facts["checkpoint"] = commit(folder, system.save(folder), 1)
     facts["weights"] = {stream: ray.get(learner.weights.remote()) for stream, learner in system.learners.items()}
-    for actor in (*system.replays, *system.planners, *system.learners.values(), system.store, *system.evaluators.actors):
-        ray.kill(actor)
-    system.pool.close()
+    before = actors_alive(0.0)
+    system.close()                                                                  # the Ray is not its own, so only its actors go
+    facts["left"] = before, actors_alive()
     return facts
+
+
+def actors_alive(patience_s=30.0) -> list[str]:
+    """Names of the actors that Ray still has, once there are none or patience ends: a kill takes a moment."""
+    from ray._private import state
+    deadline = time.monotonic() + patience_s
+    while (names := [a["ActorClassName"] for a in state.actors().values() if a["State"] != "DEAD"]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return names
+
+
+def test_nothing_of_a_closed_run_stays_on_a_ray_that_goes_on(run):
+    before, after = run["left"]
+    assert {"LearnerActor", "PlannerActor", "ReplayActor", "RolloutWorker", "WeightStore", "EvaluatorActor"} <= set(before) and after == []
 
 
 def test_workers_follow_the_nodes(run):
@@ -144,9 +158,7 @@ def test_a_sharded_run_resumes_where_it_was(run, nodes):
     assert system.env_steps == run["replay"]["env_steps"] and system.counts["model"] == run["online"].updates
     status, _ = advance_until(system, lambda status: status.done)
     assert status.env_steps >= 2100 and status.updates == system.replay_status()["allowed"]["model"] > run["online"].updates
-    system.pool.close()
-    for actor in (*system.replays, *system.planners, *system.learners.values(), system.store, *system.evaluators.actors):
-        ray.kill(actor)
+    system.close()
 
 
 @pytest.mark.parametrize("dotted, words", [

@@ -8,7 +8,8 @@ from modip_ray.model import hardware
 
 @pytest.fixture
 def traced(monkeypatch, capsys):
-    """What is compiled is traced whole, its backward pass too, but not turned into machine code: that takes most of a minute a run (tests/learning/test_learner.py does it).
+    """What is compiled is traced whole, its backward pass too, but not turned into machine code, which takes most of a minute a run
+    (tests/learning/test_learner.py does that).
 
     At the end nothing may have run uncompiled.
     """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modip_ray.baselines.dsrl import BOUND, SteeredPolicy
+from modip_ray.baselines.dsrl import BOUND, TARGET_ENTROPY, SteeredPolicy
 from modip_ray.config import ConfigError, load
 from modip_ray.export import ExportError, export_run
 from modip_ray.learning.updater import Updater
@@ -97,7 +97,8 @@ def test_the_noise_it_learns_becomes_actions_that_q_values():
         opt.zero_grad()
         losses(policy, arguments(seed=1000 + step)).backward()
         opt.step()
-    assert distance() < 0.5 * before and policy.log_temperature < -0.5
+    entropy = -policy.steered(obs, noise)[1].mean()
+    assert distance() < 0.5 * before and abs(float(entropy.detach()) - TARGET_ENTROPY) < 1, "the temperature keeps the noise from shrinking to a point"
     assert all(torch.equal(v, policy.state_dict()[k]) for k, v in base.items())
 
 

@@ -21,7 +21,7 @@ from tests.learning.test_learner import draw, draw_chunks, linear_system, make_l
 PARL = {"planner.kind": "action_values", "planner.gaussian": 0, "planner.horizon": 1, "planner.proposals": 8, "planner.elites": 4, "planner.iterations": 10,
         "planner.n_action_steps": 1, "critic.target": "planned_q", "critic.target_reduce": "min_two", "critic.n_step": 1, "distill.reanalyze": 1.0,
         "guard.value_penalty": 0.0, "guard.min_gain": -1e9}
-ROWS, BEST = 5, torch.tensor([0.6, -0.4])
+ROWS, BEST, SCALE = 5, torch.tensor([0.6, -0.4]), 8.0
 
 
 def overrides(**more):
@@ -29,11 +29,12 @@ def overrides(**more):
 
 
 def search_of(q=lambda a: -(a - BEST).square().sum(-1), **more):
-    """Over a known Q(a), three members of which differ by their level, and a policy that proposes what its noise says."""
+    """Over a known Q(a) in units of the return spread, three members of which differ by their level, and a policy that proposes what its noise says."""
     cfg = load(overrides=["policy.horizon=2", "critic.members=3", *overrides(**more)])
     agent = SimpleNamespace(
         propose=lambda s, noise, steps: noise.clamp(-1, 1), normalizer=SimpleNamespace(obs_mean=torch.zeros(3)),
-        world_model=SimpleNamespace(encode=lambda s: s), critic=SimpleNamespace(action_value=lambda z, a: torch.stack([q(a) + i for i in (-1, 0, 4)])))
+        world_model=SimpleNamespace(encode=lambda s: s),
+        critic=SimpleNamespace(scale=SCALE, action_value=lambda z, a: torch.stack([SCALE * q(a) + i for i in (-1, 0, 4)])))
     return ActionSearch(cfg, agent)
 
 
@@ -51,7 +52,7 @@ def test_without_steps_the_best_of_the_policys_actions_is_taken_with_the_rest_of
         found, start = call(search_of(planner__iterations=0, planner__horizon=2))
     top = (start[:, :, 0] - BEST).square().sum(-1).argmin(1)
     assert torch.equal(found.plan, start[torch.arange(ROWS), top]) and found.accepted.all()
-    gain = -(start[:, :, 0] - BEST).square().sum(-1)
+    gain = -SCALE * (start[:, :, 0] - BEST).square().sum(-1)
     torch.testing.assert_close(found.gain, gain.amax(1) - gain.mean(1))
 
 

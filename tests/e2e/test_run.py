@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,12 @@ import pytest
 
 from modip_ray.cli import main
 from modip_ray.config import ConfigError
-from modip_ray.learning.checkpoint import CheckpointError, folders, newest, read_state
+from modip_ray.learning.checkpoint import CheckpointError, begin, commit, folders, newest, read_state
 from modip_ray.learning.env_source import env_factory
 from modip_ray.policy import load
 from modip_ray.report.metrics import read_metrics
 from modip_ray.run import callable_name, train
-from modip_ray.runfolder import command_line
+from modip_ray.runfolder import RunFolder, command_line, is_open
 from modip_ray.tasks.dataset import DataError
 from tests.fakes import SMALL, PointEnv, small, write_data
 
@@ -147,6 +148,36 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(tmp_pa
         (folder / "learner_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="none of"):
         train(cfg)
+
+
+def test_a_journal_without_its_checkpoints_is_set_aside(tmp_path, data, capsys):
+    """Whoever removes the checkpoints begins again: with the old online data in the replay BC would be fine-tuned before it is frozen."""
+    cfg = small(tmp_path / "run", data)
+    part = tmp_path / "run" / "journal" / "replay" / "part_000000"
+    for phase, stays in (("online", True), ("pretrain", False), (None, False)):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        part.parent.mkdir(parents=True)
+        part.write_bytes(b"segments")
+        if phase is not None:
+            (tmp_path / "run" / "config.yaml").write_text(cfg.dump())
+            commit(begin(tmp_path / "run" / "checkpoints"), {"phase": phase, "env_steps": 0, "updates": 9}, 2)
+        with RunFolder(cfg) as folder:
+            assert part.exists() is stays
+            kept = list(folder.path.glob("set_aside_journal_*/replay/part_000000"))
+        assert [p.read_bytes() for p in kept] == ([] if stays else [b"segments"])
+        assert ("the run begins that anew" in capsys.readouterr().err) is not stays
+
+
+def test_a_folder_that_was_refused_is_free_again(tmp_path, data):
+    """As in a notebook, which keeps the exception, and with it whatever was at work."""
+    run = tmp_path / "run"
+    with RunFolder(small(run, data)):
+        (run / "offline").mkdir()
+    with pytest.raises(ConfigError) as kept:
+        RunFolder(small(run, data, critic__gamma=0.5))
+    with RunFolder(small(run, data)):
+        assert is_open(run)
+    assert not is_open(run) and kept is not None
 
 
 def test_own_environment_class_and_hook(tmp_path, data):

@@ -1,9 +1,11 @@
+import errno
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from modip_ray.learning import checkpoint
 from modip_ray.learning.build import agent_of, build_spec
 from modip_ray.learning.checkpoint import (
     CheckpointError,
@@ -15,6 +17,7 @@ from modip_ray.learning.checkpoint import (
     commit_best,
     folders,
     newest,
+    order,
     read_state,
     sha256,
     stage_best,
@@ -50,6 +53,26 @@ def test_of_the_same_counters_saved_again_and_again_the_last_is_the_newest(tmp_p
         final = commit(folder, {"env_steps": 0, "updates": 1}, keep=2)
         assert final.is_dir() and newest(tmp_path).path == final and newest(tmp_path).read("part")["x"] == value
     assert len(folders(tmp_path)) == 2
+
+
+def test_the_newest_is_newest_however_many_digits_its_counters_have(tmp_path):
+    for steps in (999_999_990, 1_000_000_000, 1_000_000_010):
+        assert save(tmp_path, steps, keep=2).is_dir() and newest(tmp_path).counters["env_steps"] == steps
+    assert len(folders(tmp_path)) == 2 and order("step_000000001_u10000000.2") > order("step_000000001_u9999999.11")
+
+
+def test_one_whose_file_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
+    """As by a bad sector: the file is there, and reading it is an error."""
+    older, last = save(tmp_path, 10), save(tmp_path, 20)
+
+    def failing(path):
+        if path.parent == last:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return sha256(path)
+    monkeypatch.setattr(checkpoint, "sha256", failing)
+    assert newest(tmp_path).path == older
+    with pytest.raises(CheckpointError, match="cannot be read .Input/output error"):
+        verified(last)
 
 
 def test_no_checkpoint_is_none_and_an_unfinished_one_does_not_count(tmp_path):
@@ -228,7 +251,19 @@ def test_a_learners_state_is_copied_over_an_earlier_copy(parts):
     for stream, part in again.items():
         assert part.keys() == new[stream].keys()
         for key, value in part.items():
-            assert np.array_equal(value, new[stream][key]) and (value is kept[stream][key] or key in ("updates", "guard")), key
+            assert np.array_equal(value, new[stream][key]) and (value is kept[stream][key] or key in ("updates", "guard", "streak", "value_guard")), key
+
+
+def test_what_is_usual_of_gradients_is_kept(parts):
+    """V's own further updates are judged by a guard of their own; a streak of skipped ones goes on."""
+    cfg, _, spec = parts
+    cfg = cfg.replace({"critic.updates_per_update": 2})
+    one, other = (Learner(cfg, agent_of(cfg, spec, torch.device("cpu"))) for _ in range(2))
+    one.value_guard.recent.fill_(3.0)
+    one.guards["policy"].streak.fill_(2.0)
+    for stream, state in learner_state(one).items():
+        load_learner(other, stream, state)
+    assert float(other.value_guard.recent.median()) == 3.0 and float(other.guards["policy"].streak) == 2.0 and float(other.guards["model"].streak) == 0.0
 
 
 def test_a_checkpoint_of_other_networks_is_refused(parts):

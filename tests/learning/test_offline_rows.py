@@ -1,5 +1,8 @@
 """Offline data on the disk are the offline data in memory, bit for bit, and cannot be written to."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -39,6 +42,19 @@ def test_a_process_that_maps_the_old_rows_keeps_them(tmp_path):
     before = old.steps.copy()
     write_rows(EPISODES[:2], 0.9, 1, tmp_path)
     assert np.array_equal(old.steps, before) and sorted(p.name for p in tmp_path.iterdir()) == ["rows_0_of_1.ends.npy", "rows_0_of_1.npy"]
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written_and_leaves_the_old_rows(tmp_path, monkeypatch):
+    """Through memory it would be a bus error."""
+    write_rows(EPISODES, 0.9, 1, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device.*rows_0_of_1") as error:
+        write_rows(EPISODES[:2], 0.9, 1, tmp_path)
+    assert error.value.errno == errno.ENOSPC and {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_what_cannot_be_is_said(tmp_path):

@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from modip_ray.config import ConfigError
+from modip_ray.study import run as driver
 from modip_ray.study.kept import evaluations, keep, outcome
 from modip_ray.study.run import run_study
 from modip_ray.study.spec import build_study, load_study
@@ -148,6 +151,46 @@ def test_over_tasks_by_rliable(tmp_path):
     assert results(dataclasses.replace(s, seeds=[0]))["over_tasks"] == {}           # of one training seed there is no interval
     np.random.seed(7)                                                               # nobody's draws but its own count, and it takes none of anybody's
     assert results(s)["over_tasks"] == found and np.random.rand() == np.random.RandomState(7).rand()
+
+
+class Sleeper:
+    """In a run's place: a process that has the lock of its folder, and ends well when it is told to."""
+
+    code = ("import fcntl, pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True, exist_ok=True); "
+            "lock = open(folder / '.lock', 'w'); fcntl.flock(lock, fcntl.LOCK_EX); signal.signal(signal.SIGTERM, lambda *a: sys.exit(0)); "
+            "(folder / 'there').touch(); time.sleep(float(sys.argv[2]))")
+
+    @classmethod
+    def start(cls, folder: Path, seconds: float) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-c", cls.code, str(folder), str(seconds)])
+        while not (folder / "there").exists():
+            time.sleep(0.02)
+        return process
+
+
+def test_a_run_that_an_earlier_driver_left_behind_is_waited_for(tmp_path, monkeypatch, capsys):
+    cell = study(tmp_path).cells()[0]
+    left, begun = Sleeper.start(cell.folder, 1.5), []
+    monkeypatch.setattr(driver, "launched", lambda c: begun.append(left.poll()) or driver.Running(c, left, 0.0))
+    monkeypatch.setattr(driver, "note", lambda one, stopped: True)
+    assert driver.run_cells([cell], 1, SimpleNamespace(asked=False)) == [] and begun == [0]
+    assert capsys.readouterr().out.count("is run by another process") == 1
+
+
+def test_whatever_ends_the_driver_ends_its_runs(tmp_path, monkeypatch):
+    cells = study(tmp_path).cells()[:4:3]
+    runs = []
+    monkeypatch.setattr(driver, "launched", lambda c: runs.append(Sleeper.start(c.folder, 60)) or driver.Running(c, runs[-1], 0.0))
+
+    class Stop:
+        @property
+        def asked(self):
+            if len(runs) == 2:
+                raise OSError("the terminal is gone")
+            return False
+    with pytest.raises(OSError, match="terminal"):
+        driver.run_cells(cells, 2, Stop())
+    assert [run.poll() for run in runs] == [0, 0]
 
 
 def test_a_real_study_is_stopped_and_goes_on(tmp_path):

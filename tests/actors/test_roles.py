@@ -1,0 +1,57 @@
+"""What roles do between two calls, as plain objects: no Ray is started."""
+
+import asyncio
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from modip_ray.actors.evaluators import Evaluators
+from modip_ray.actors.planner import PlannerActor, plan_server
+from modip_ray.timing import Timer
+from tests.fakes import small
+
+
+def test_no_evaluation_is_asked_for_before_the_last_one_is_reported():
+    """Whoever asks puts the weights of that moment by as the best to be (log.keep_best), and takes the next score for theirs."""
+    evaluators, answers = object.__new__(Evaluators), []
+    evaluators.asked, evaluators.finished = None, []
+    evaluators.actors = [SimpleNamespace(measure=SimpleNamespace(remote=lambda jobs: "asked"))]
+    evaluators.supervisor = SimpleNamespace(wait=lambda refs, wait_s: answers)
+    evaluators.call = lambda refs, who: list(refs)
+    assert evaluators.request([]) and not evaluators.request([])
+    answers.append("report")
+    assert not evaluators.request([]), "it is there, and nobody has taken it"
+    assert evaluators.reports() == ["report"] and evaluators.request([])
+
+
+def planner_with(newer):
+    """A planner whose store answers as `newer` does, and what its queue got: for each query, the weights that were there by then."""
+    planner, got = object.__new__(PlannerActor.__ray_metadata__.modified_class), []
+    planner.cfg = small(planner__weights_every_s=60.0)
+    planner.store = SimpleNamespace(newer=SimpleNamespace(remote=newer))
+    planner.server = SimpleNamespace(pending=None)
+    planner.versions, planner.pulling, planner.pulled_at = {}, None, float("-inf")
+
+    async def submit(client, query, rows):
+        got.append((client[0], sorted(planner.server.pending[0]) if planner.server.pending else []))
+    planner.queue = SimpleNamespace(submit=submit)
+    return planner, got
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_every_query_waits_for_the_first_weights(queries):
+    async def newer(versions):
+        await asyncio.sleep(0.05)
+        return {"agent": (0, np.zeros(1)), "bc": (0, np.zeros(1)), "model": (3, np.zeros(1))}, 7
+    planner, got = planner_with(newer)
+
+    async def ask():
+        await asyncio.gather(*(planner.plan(SimpleNamespace(worker=i, incarnation="a", obs=np.zeros((2, 4)))) for i in range(queries)))
+    asyncio.run(ask())
+    assert got == [(i, ["agent", "model"]) for i in range(queries)] and planner.versions == {"agent": 0, "model": 3}
+
+
+def test_a_planner_that_begins_anew_draws_other_noise():
+    seeds = {plan_server(small(), 4, 2, 0.0, 0, Timer()).planner.rng.initial_seed() for _ in range(3)}
+    assert len(seeds) == 3
