@@ -10,6 +10,7 @@ from pathlib import Path
 
 from modip_ray import __version__, data_cli, export_cli, jobs_cli, serve_cli, status_cli, study_cli, tune_cli
 from modip_ray.config import Config, ConfigError, load, parse_override
+from modip_ray.target import check_target
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", choices=("bc", "policy", "mpc", "all"), default="mpc",
                    help="before fine-tuning, the diffusion policy alone, the planner; all: the three on the same seeds, with paired differences")
     p.add_argument("--episodes", type=positive, help="default: as in the run (eval.episodes)")
-    p.add_argument("--seed", type=int, help="first seed; default: as in the run (eval.seed)")
+    p.add_argument("--seed", type=natural, help="first seed; default: as in the run (eval.seed)")
     p.add_argument("--json", type=Path, dest="json_file", help="also write the score there")
     p.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
                    help="act with another setting than the run's, e.g. --set resources.precision=fp32 --set guard.trust=0.1")
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", choices=("bc", "policy", "mpc"), default="policy", help="which way of acting of a run")
     p.add_argument("--task", help="task of configs/tasks; default halfcheetah-medium, for a RUN its own")
     p.add_argument("--transitions", type=positive, required=True)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=natural, default=0)
     p.add_argument("--out", type=Path, required=True)
 
     data_cli.add_parsers(commands)
@@ -105,6 +106,13 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
 def run_train(args: argparse.Namespace) -> int:
     cfg = load(args.config, args.settings)
     from modip_ray.run import train
@@ -122,6 +130,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from modip_ray.report.scores import interval, number
     from modip_ray.saved_run import compare_run, evaluate_run
     overrides = dict(parse_override(item) for item in args.settings)
+    check_target(args.json_file)
     if args.mode == "all":
         found = compare_run(args.run_folder, args.episodes, args.seed, overrides)
         scores = found["scores"]
@@ -132,7 +141,7 @@ def run_eval(args: argparse.Namespace) -> int:
         also = "".join(f", {name} {number(m['mean'])}" for name, m in s["also"].items())
         print(f"{mode}: {s['metric']} {number(s['mean'])}  (95 %: {interval(s['ci95'])}, {s['episodes']} episodes{also}, normalised {number(s['normalized'])})")
     for mode, d in found.get("against_bc", {}).items():
-        print(f"{mode} - bc, paired by seed: {number(d['mean'])}  (95 %: {interval(d['ci95'])}), {d['ratio']:.3f} x")
+        print(f"{mode} - bc, paired by seed: {number(d['mean'])}  (95 %: {interval(d['ci95'])})" + (f", {d['ratio']:.3f} x" if d["ratio"] is not None else ""))
     write_json(args.json_file, found)
     return 0
 
@@ -157,6 +166,7 @@ def run_collect(args: argparse.Namespace) -> int:
     cfg: Config | None = None if is_run else load(None, ([f"task={args.task}"] if args.task else []) + overrides)
     if is_run and args.task:
         raise ConfigError("--task cannot be given with a run folder: a run's policy acts in the run's own task")
+    check_target(args.out, new=True)
     print(describe(collect_run(cfg, args.policy, args.mode, args.transitions, args.seed, args.out)))
     return 0
 

@@ -7,6 +7,7 @@ default.yaml <- configs/tasks/<task>.yaml <- --config files <- dotted overrides,
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import json
@@ -22,6 +23,7 @@ import yaml
 
 from modip_ray.config_rules import ConfigError as ConfigError
 from modip_ray.config_rules import shown, validate
+from modip_ray.oneline import first_line
 
 FREE_FORM = ("env_kwargs", "placement", "num_workers")      # taken over whole: their keys are the user's, or they may be a number as well
 
@@ -377,9 +379,11 @@ def parse_override(item: str) -> tuple[str, Any]:
 def parse_scalar(text: str) -> Any:
     """A YAML scalar; unlike YAML 1.1, 1e-4 is a number too."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"cannot read the value {shown(text)}: {e}") from e
+        value = yaml.load(text, OnceLoader)
+    except (yaml.YAMLError, ValueError) as e:                                       # ValueError: 2026-13-45
+        raise ConfigError(f"cannot read the value {shown(text)}: {yaml_problem(e)}") from e
+    if isinstance(value, datetime.date):                                            # a folder may be named by its day
+        return text
     if isinstance(value, str):
         try:
             return float(value)
@@ -416,11 +420,30 @@ def stacked(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return below | both
 
 
+class OnceLoader(yaml.SafeLoader):
+    """YAML data, in which a key that is given twice is an error: the first one would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def yaml_problem(error: Exception) -> str:
+    """One line of what YAML says in several."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    return (problem or first_line(error)) + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else "")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), OnceLoader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read as YAML data: {e}") from e
+        raise ConfigError(f"{path}: cannot be read as YAML data: {yaml_problem(e)}") from e
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(tree).__name__}")
     return tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def validate(cfg: Config) -> None:
     limit = cfg.data.max_transitions
     need(limit is None or limit > 0, "data.max_transitions", limit, "must be positive, or null for all")
     device = cfg.resources.device
-    need(device in ("auto", "cpu") or device.startswith("cuda"), "resources.device", device, "must be auto, cpu, cuda or cuda:<index>")
+    need(device in ("auto", "cpu") or re.fullmatch(r"cuda(:\d+)?", device) is not None, "resources.device", device, "must be auto, cpu, cuda or cuda:<index>")
     model_rules(cfg)
     planner_rules(cfg)
     scale_rules(cfg)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from modip_ray.config import Config
 from modip_ray.data_cli import ProgressLine
-from modip_ray.learning.build import build_spec
+from modip_ray.learning.build import build_spec, check_device
 from modip_ray.learning.collector import SegmentHook
 from modip_ray.learning.env_source import check_family, spaces
 from modip_ray.learning.env_source import env_factory as named_env_factory
@@ -42,6 +42,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
     if env_factory is not None:
         cfg = cfg.replace({"task.env": callable_name(env_factory)})                 # what the run is of, and what `load` makes where it can be imported
     check_family(cfg.task)
+    check_device(cfg)
     with RunFolder(cfg) as folder, disk_errors(folder.path), StopSignals(cfg.log.grace_s) as stop:
         summary = folder.finished_summary()
         if summary is not None:

@@ -156,24 +156,23 @@ def is_open(path: Path) -> bool:
 
 def read_summary(path: Path) -> dict | None:
     try:
-        return json.loads((path / "summary.json").read_text())
+        summary = json.loads((path / "summary.json").read_text())
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        raise RunError(f"{path}: is a file; expected a run folder") from error
     except ValueError as error:
         raise RunError(f"{path / 'summary.json'}: is not JSON ({error}); delete it, and the same command evaluates again") from error
+    if not isinstance(summary, dict):
+        raise RunError(f"{path / 'summary.json'}: is not what a run writes ({type(summary).__name__}); delete it, and the same command evaluates again")
+    return summary
 
 
 def saved_config_tree(path: Path) -> dict | None:
     """config.yaml of a run folder as plain data; None where there is none yet."""
-    try:
-        tree = yaml.safe_load((path / "config.yaml").read_text())
-    except FileNotFoundError:
-        return None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path / 'config.yaml'}: cannot be read ({error})") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path / 'config.yaml'}: expected a mapping of settings, got {type(tree).__name__}")
-    return tree
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path}: is a file; expected a run folder")
+    return read_yaml(path / "config.yaml") if (path / "config.yaml").exists() else None
 
 
 def saved_config(path: Path) -> Config:

@@ -9,11 +9,12 @@ from typing import Any
 
 import gymnasium as gym
 
-from modip_ray.config import Config
+from modip_ray.config import Config, ConfigError
 from modip_ray.learning.env_source import env_factory
 from modip_ray.learning.evaluation import EvalMode, jobs_for, joined, modes_of, run_job
 from modip_ray.learning.offline_data import collect_to, policy_of
 from modip_ray.policy import agent_of_run, check_mode, load
+from modip_ray.report.scores import ratio
 from modip_ray.runfolder import command_line, git_commit, machine, saved_config, versions
 from modip_ray.session import score
 from modip_ray.tasks.collect import collect
@@ -38,7 +39,7 @@ def compare_run(run: Path, episodes: int | None = None, seed: int | None = None,
     """BC, the policy alone and the planner, where there is one, on the same seeds; against_bc holds the paired differences and the ratio of means."""
     scores = {mode: evaluate_run(run, mode, episodes, seed, overrides) for mode in modes_of(saved_config(run))}
     bc = scores["bc"]
-    against = {mode: paired_difference(s["values"], bc["values"]) | {"ratio": s["mean"] / bc["mean"] if bc["mean"] else float("nan")}
+    against = {mode: paired_difference(s["values"], bc["values"]) | {"ratio": ratio(scores, mode)}
                for mode, s in scores.items() if mode != "bc"}
     return {"run": str(run), "env_steps": bc["env_steps"], "command": command_line(), "git": git_commit(), "machine": machine(), "versions": versions(),
             "scores": scores, "against_bc": against}
@@ -64,5 +65,8 @@ def rendering_env(cfg: Config) -> Callable[[], gym.Env]:
         try:
             return factory(render_mode="rgb_array", width=320, height=240)
         except TypeError:
-            return factory(render_mode="rgb_array")
+            try:
+                return factory(render_mode="rgb_array")
+            except TypeError as error:
+                raise ConfigError(f"task.env: {cfg.task.env} cannot be rendered ({error}); have it take render_mode=\"rgb_array\"") from error
     return make

@@ -199,7 +199,7 @@ class Session:
             self.progress.say(f"evaluating {sum(len(job.seeds) for job in jobs)} episodes; in one process training waits meanwhile")
         with self.stop.at_once():
             begun = self.system.request_evaluation(jobs)
-        if begun and self.cfg.log.keep_best:
+        if jobs and begun and self.cfg.log.keep_best:                                # of no jobs there will be no score
             self.candidate = stage_best(self.save())
         return begun
 

@@ -110,6 +110,7 @@ def test_the_file_wins_over_the_task_and_a_task_override_over_the_file(tmp_path)
     ("seed: !!python/object/apply:os.system ['exit 1']", "cannot be read as YAML data"),
     ("seed: !!python/name:os.system", "cannot be read as YAML data"),
     ("seed: [", "cannot be read as YAML data"),
+    ("seed: 1\npolicy: {width: 3}\npolicy: {blocks: 1}", "'policy' is given twice (line 3, column 1)"),
     ("", "expected a mapping"),
     ("- 1", "expected a mapping"),
     ("policy: 3", "group of settings"),
@@ -119,7 +120,15 @@ def test_a_file_that_is_no_settings_is_refused(tmp_path, text, part):
     file = write(tmp_path / "bad.yaml", text)
     with pytest.raises(ConfigError, match="bad.yaml") as error:
         load(file)
-    assert part in str(error.value)
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_text_that_looks_like_a_day_stays_text_and_a_broken_value_is_one_line():
+    assert load(overrides=["run_dir=2026-11-30"]).run_dir == "2026-11-30"
+    for override in ("run_dir=[a", "run_dir=2026-13-45"):
+        with pytest.raises(ConfigError, match="cannot read the value") as error:
+            load(overrides=[override])
+        assert "\n" not in str(error.value)
 
 
 def test_python_tags_are_refused_in_overrides_and_missing_files_named():

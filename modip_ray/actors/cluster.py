@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.autoscaler.sdk import request_resources
 
 from modip_ray.actors.placement import Bundle, demands, missing, total
@@ -55,6 +56,19 @@ def on_loopback() -> Iterator[None]:
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def own_groups() -> Iterator[None]:
+    """Ray's servers, started in the block, get process groups of their own. What is sent to ours, by a terminal, `timeout` or a batch system, is for the driver
+    to act on: it needs Ray until its checkpoint is written. Ray ends with the driver all the same (its own PR_SET_PDEATHSIG).
+    """
+    before = services.ConsolePopen
+    services.ConsolePopen = functools.partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 @contextmanager
@@ -121,7 +135,7 @@ def start_private(settings: dict[str, Any], again: bool = True) -> str:
     """The folder of a Ray that was started. On a machine that is busy beyond measure that may take more than the half minute that Ray allows: tried twice."""
     folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")                    # sockets need a short path
     try:
-        with on_loopback():
+        with on_loopback(), own_groups():
             ray.init(address="local", _temp_dir=folder, include_dashboard=False, **settings)
         return folder
     except BaseException as error:                                                             # also Ctrl-C; for being late Ray raises a bare Exception

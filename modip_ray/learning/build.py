@@ -42,6 +42,14 @@ def device_of(cfg: Config, gpus: float | None = None) -> torch.device:
     return torch.device("cpu")
 
 
+def check_device(cfg: Config) -> None:
+    """ConfigError where a device is asked for that no role would use: under Ray those with a share of a GPU do."""
+    r = cfg.resources
+    if r.device.startswith("cuda") and not cfg.one_process and r.planner_gpus == r.learner_gpus == 0:
+        raise ConfigError(f"resources.device: got {r.device!r}, but no role has a GPU; give some, e.g. resources.planner_gpus=0.4 resources.learner_gpus=0.4, "
+                          "or train in one process (serial=true)")
+
+
 def fitted_agent(cfg: Config, data: Sequence[Episode | Path], action_low: np.ndarray, action_high: np.ndarray) -> Agent:
     """A fresh agent (seeded) whose normaliser, reward scale and value scale come from the data."""
     torch.manual_seed(cfg.seed)

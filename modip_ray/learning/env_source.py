@@ -11,7 +11,7 @@ import numpy as np
 
 from modip_ray.config import ConfigError, Task, nearest
 from modip_ray.config_rules import shown
-from modip_ray.tasks.envs import EnvFactory, make_env, make_envs
+from modip_ray.tasks.envs import EnvError, EnvFactory, make_env, make_envs, reset_env, run_chunk
 from modip_ray.tasks.scores import REFERENCE
 
 
@@ -28,6 +28,10 @@ def registered_env(env_id: str, render_mode: str | None = None, **kwargs) -> gym
         return make_env(env_id, render_mode, **kwargs)
     except gym.error.Error as error:
         raise ConfigError(f"task.env: gymnasium cannot make {env_id!r} ({error}); give a registered id, or 'module:Class' of your own") from error
+    except TypeError as error:
+        if render_mode is not None:
+            raise
+        raise ConfigError(f"task.env: {env_id} cannot be made with task.env_kwargs={kwargs}: {error}") from error
 
 
 def own_env(make: EnvFactory, name: str, kwargs: dict, **more: object) -> gym.Env:
@@ -64,16 +68,37 @@ def check_family(task: Task) -> None:
         raise ConfigError(f"task.family: got {shown(task.family)}{nearest(task.family, list(REFERENCE))} ({known})")
 
 
+def try_one_step(env: gym.Env) -> None:
+    """EnvError where the first step of an episode cannot be made, or is of no use."""
+    try:
+        reset_env(env, 0, "task.env")
+    except EnvError:
+        raise
+    except Exception as error:
+        raise EnvError(f"task.env: reset(seed=0) failed with {type(error).__name__}: {error}; expected (observation, info), as gymnasium has it") from error
+    box, obs, reward = env.action_space, np.zeros((1, *env.observation_space.shape), np.float32), np.zeros(1, np.float32)
+    run_chunk(env, (box.low + box.high)[None].astype(box.dtype) / 2, obs, reward, 1, "task.env")
+    if not (np.isfinite(obs).all() and np.isfinite(reward).all()):
+        raise EnvError(f"task.env: the first step returned observation {obs[0]} and reward {reward[0]}; both must be finite")
+
+
 def spaces(factory: EnvFactory) -> tuple[int, np.ndarray, np.ndarray]:
-    """Observation size and the action box (low, high), each (Da,) and finite."""
+    """Observation size and the action box (low, high), each (Da,) and finite. One step is tried: what is wrong with an environment shall show before it is
+    trained for. ConfigError for spaces that cannot be used, EnvError for what it raises or returns.
+    """
     try:
         (env,) = make_envs(factory, 1)
+    except (ConfigError, EnvError):
+        raise
     except ValueError as error:
         raise ConfigError(f"task.env: {error}") from error
+    except Exception as error:
+        raise EnvError(f"task.env: the environment cannot be made, {type(error).__name__}: {error}") from error
     try:
         low, high = (np.asarray(x, np.float32) for x in (env.action_space.low, env.action_space.high))
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
             raise ConfigError(f"task.env: the action space must be bounded, got low {low}, high {high}; wrap it (gymnasium.wrappers.RescaleAction)")
+        try_one_step(env)
         return env.observation_space.shape[0], low, high
     finally:
         env.close()

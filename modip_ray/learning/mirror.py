@@ -59,7 +59,7 @@ class Mirror:
         try:
             self.write(PROBE, b"")
             self.fs.delete_file(f"{self.root}/{PROBE}")
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:
             raise ConfigError(f"{SETTING}: {self.address} cannot be written ({first_line(error)}); check the address, the rights and the credentials, which "
                               "come from the environment as the storage's own tools take them") from error
 

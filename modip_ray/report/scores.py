@@ -58,7 +58,8 @@ def ratio(scores: Mapping[str, Mapping], name: str) -> float | None:
 def verdict(scores: Mapping[str, Mapping], name: str) -> str:
     """'above BC, intervals apart', 'below BC, intervals apart', 'intervals overlap', or '' where it cannot be said."""
     ours, base = scores.get(name, {}).get("ci95"), scores.get("bc", {}).get("ci95")
-    if name in ("bc", "data") or not ours or not base or None in (*ours, *base):
+    few = any(scores.get(mode, {}).get("episodes") == 1 for mode in (name, "bc"))     # the interval of one episode is a point
+    if name in ("bc", "data") or few or not ours or not base or None in (*ours, *base):
         return ""
     if ours[0] > base[1]:
         return "above BC, intervals apart"

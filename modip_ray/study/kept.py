@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.report.metrics import live_rows, read_metrics
-from modip_ray.runfolder import read_summary, saved_config
+from modip_ray.runfolder import RunError, read_summary, saved_config
 from modip_ray.study.spec import Cell, Study
 
 
@@ -44,13 +44,29 @@ def keep(cell: Cell) -> None:
     write_synced(cell.kept / "summary.json", json.dumps(read_summary(cell.folder), indent=1))
 
 
-def keep_results(study: Study, pictures: Sequence[str]) -> None:
-    """results.json as the kept folder's name with .json, for who reads it by program; table and curves into that folder."""
+def keep_results(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) -> None:
+    """results.json as the kept folder's name with .json, for who reads it by program; table and curves into that folder. RunError where those that are there
+    tell of more runs: of settings, tasks or seeds that this study was not given.
+    """
     folder = Path(str(study.kept))
+    before = lost_runs(folder.with_suffix(".json"), found)
+    if before:
+        raise RunError(f"{folder.with_suffix('.json')}: has runs that this study has not ({', '.join(before)}), so it stays; give the settings that they were "
+                       f"made with, or kept=null, or remove it. The table of what was found is {study.folder / 'results.md'}")
     folder.mkdir(parents=True, exist_ok=True)
     write_synced(folder.with_suffix(".json"), (study.folder / "results.json").read_text())
     for name in ("results.md", *pictures):
         shutil.copyfile(study.folder / name, folder / name)
+
+
+def lost_runs(path: Path, found: Mapping[str, Any]) -> list[str]:
+    """Tasks and methods of an earlier results.json that had more training seeds than now."""
+    def seeds(tree: Mapping[str, Any]) -> dict[str, int]:
+        return {f"{task}/{method}": entry["seeds_done"] for method, tasks in tree["methods"].items() for task, entry in tasks.items()}
+    if not path.is_file():
+        return []
+    now = seeds(found)
+    return sorted(name for name, n in seeds(json.loads(path.read_text())).items() if now.get(name, 0) < n)
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -104,9 +104,14 @@ def load_study(file: str | Path, overrides: Sequence[str] = ()) -> Study:
             raise ConfigError(f"override {item!r} is not of the form key=value, settings.KEY=value, tasks.TASK.KEY=value or methods.METHOD.KEY=value")
         level = tree
         for name in (head, *rest)[:-1]:
+            if not isinstance(level.get(name) or {}, Mapping):
+                raise ConfigError(f"{path}: {name}: got {level[name]!r}, expected a mapping")
             level[name] = dict(level.get(name) or {})
             level = level[name]
         level[(head, *rest)[-1]] = parse_scalar(text)
+    given = {item.partition("=")[0] for item in overrides}
+    if "out" in given and "kept" not in given:                                      # a study of one's own does not replace what is kept of the shipped one
+        tree["kept"] = None
     return build_study(tree, str(path), path.stem)
 
 
@@ -136,7 +141,7 @@ def build_study(tree: Mapping[str, Any], source: str, name: str) -> Study:
                 raise ConfigError(f"{source}: {group}.{key}: got {settings!r}, expected a mapping of dotted settings, e.g. {{planner.iterations: 0}}")
             if known is not None and (task := task_of(key, settings)) not in known:
                 raise ConfigError(f"{source}: {group}: unknown task {task!r}{nearest(str(task), known)}")
-    if not study.seeds or len(set(study.seeds)) != len(study.seeds) or not all(isinstance(s, int) and s >= 0 for s in study.seeds):
+    if not study.seeds or not all(isinstance(s, int) and s >= 0 for s in study.seeds) or len(set(study.seeds)) != len(study.seeds):
         raise ConfigError(f"{source}: seeds: got {study.seeds!r}, expected a list of different whole numbers, e.g. [0, 1, 2]")
     if study.at_once < 1:
         raise ConfigError(f"{source}: at_once: got {study.at_once}, must be at least 1")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from modip_ray.config import Config
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.learning.evaluation import MODES
 from modip_ray.report.published import NOTE, Published, published_for
@@ -23,6 +24,7 @@ from modip_ray.study.spec import Cell, Study, task_of
 from modip_ray.tasks.scores import normalized_score
 
 RESAMPLES = 5_000
+MARK = " (*)"
 Runs = dict[int, dict[str, Any]]                                # summaries of one task and method by training seed
 
 
@@ -60,9 +62,10 @@ def finished(cells: Sequence[Cell]) -> Runs:
     return {cell.seed: summary for cell in cells if (folder := outcome(cell)) is not None and (summary := read_summary(folder)) is not None}
 
 
-def task_results(cells: Sequence[Cell], runs: Runs, first: Runs) -> dict[str, Any]:
-    """Of one task and method. runs: its `finished` ones, at least one; first: those of the method that others are compared with."""
-    done, shared = list(runs.values()), [] if runs is first else [seed for seed in runs if seed in first]
+def task_results(cells: Sequence[Cell], runs: Runs, first: Runs, alike: bool) -> dict[str, Any]:
+    """Of one task and method. runs: its `finished` ones, at least one; first: those of the method that others are compared with; alike: see `act_alike`."""
+    done, both = list(runs.values()), [] if runs is first else [seed for seed in runs if seed in first]
+    shared = [seed for seed in both if same_start(runs[seed], first[seed], alike)]
     family = cells[0].cfg.task.family
     scores = {name: [s["scores"][name] for s in done] for name in ("data", *MODES) if name in done[0]["scores"]}
     found = {name: joined(s, family) for name, s in scores.items()}
@@ -70,7 +73,19 @@ def task_results(cells: Sequence[Cell], runs: Runs, first: Runs) -> dict[str, An
             "wall_s": float(np.mean([s["wall_s"] for s in done])), "seeds_done": len(done), "seeds_wanted": len(cells),
             "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in scores if mode in ("policy", "mpc")},
             "against_first": paired(*([acting(of[seed]) for seed in shared] for of in (runs, first))) if shared else None,
+            "other_start": [seed for seed in both if seed not in shared],
             "git": sorted({s["git"] for s in done})}
+
+
+def act_alike(cfg: Config, first: Config) -> bool:
+    """The policy of the start acts in both methods before fine-tuning, in the same way: their BC scores are one number."""
+    ours, theirs = cfg.policy, first.policy
+    return cfg.pretrain.start is not None and (ours.n_action_steps, ours.sampling_steps) == (theirs.n_action_steps, theirs.sampling_steps)
+
+
+def same_start(run: Mapping[str, Any], other: Mapping[str, Any], alike: bool) -> bool:
+    """Both went on from one start. Where it was made again on another kind of processor data and BC differ, at first in the last digits."""
+    return all(run["scores"][name]["values"] == other["scores"][name]["values"] for name in (("data", "bc") if alike else ("data",)))
 
 
 def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -97,9 +112,10 @@ def results(study: Study) -> dict[str, Any]:
     for cell in study.cells():
         by[cell.task, cell.method].append(cell)
     runs = {(t, m): finished(by[t, m]) for t in study.tasks for m in study.methods}
-    methods = {m: {t: task_results(by[t, m], runs[t, m], runs[t, own]) for t in study.tasks if runs[t, m]} for m in study.methods}
-    return {"study": study.to_dict(), "tasks": methods[own], "methods": methods, "over_tasks": over_tasks(methods), "command": command_line(),
-            "git": git_commit(), "machine": machine(), "versions": versions()}
+    methods = {m: {t: task_results(by[t, m], runs[t, m], runs[t, own], act_alike(by[t, m][0].cfg, by[t, own][0].cfg)) for t in study.tasks if runs[t, m]}
+               for m in study.methods}
+    return {"study": study.to_dict(), "tasks": methods[own], "methods": methods, "over_tasks": over_tasks(methods),
+            "command": command_line().replace(" --table", ""), "git": git_commit(), "machine": machine(), "versions": versions()}
 
 
 def write_results(study: Study) -> dict[str, Any]:
@@ -111,7 +127,7 @@ def write_results(study: Study) -> dict[str, Any]:
     write_synced(study.folder / "results.md", markdown(found, pictures))
     write_synced(study.folder / "results.json", json.dumps(found, indent=1))
     if study.kept is not None and found["tasks"]:
-        keep_results(study, pictures)
+        keep_results(study, found, pictures)
     print(f"{study.folder / 'results.md'}", flush=True)
     return found
 
@@ -146,10 +162,12 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Publi
              f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, r in have.items():
         cells = [name, score_cell(r["bc"]), score_cell(r["policy"], r["bc"]), score_cell(r.get("mpc"), r["bc"]),
-                 paired_cell(r["against_bc"]["policy"]), *([paired_cell(r["against_first"])] if len(methods) > 1 else []),
+                 paired_cell(r["against_bc"]["policy"]), *([paired_cell(r["against_first"]) + MARK * bool(r["other_start"])] if len(methods) > 1 else []),
                  " / ".join(number(r[mode]["normalized"] if mode in r else None) for mode in MODES), f"{r['env_steps']:,}",
                  f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
         lines.append("| " + " | ".join(cells) + " |")
+    if any(r["other_start"] for r in have.values()):
+        lines += ["", f"{MARK.strip()} not from the start of {own}: it was made again, on another machine. These seeds are not paired."]
     if paper is not None:
         others = ", ".join(f"{method} {score}" for method, score in paper.others)
         lines += ["", f"Paper: BC {paper.bc}, MODIP {paper.modip}, {others}."]

@@ -45,7 +45,8 @@ def make_envs(env_factory: EnvFactory, num_envs: int) -> list[gym.Env]:
     for name in ("observation_space", "action_space"):
         space = getattr(envs[0], name, None)
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise ValueError(f"{name} must be a Box with one dimension, got {space}; wrap the environment (gymnasium.wrappers.FlattenObservation helps)")
+            help = "wrap the environment (gymnasium.wrappers.FlattenObservation helps)" if name == "observation_space" else "policies here act in boxes only"
+            raise ValueError(f"{name} must be a Box with one dimension, got {space}; {help}")
     return envs
 
 

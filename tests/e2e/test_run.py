@@ -11,6 +11,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -21,8 +22,9 @@ from modip_ray.learning.env_source import env_factory
 from modip_ray.policy import load
 from modip_ray.report.metrics import read_metrics
 from modip_ray.run import callable_name, train
-from modip_ray.runfolder import RunFolder, command_line, is_open
+from modip_ray.runfolder import RunError, RunFolder, command_line, is_open, read_summary
 from modip_ray.tasks.dataset import DataError
+from modip_ray.tasks.envs import EnvError
 from tests.fakes import SMALL, PointEnv, small, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,6 +214,56 @@ def test_the_command_that_resumes_can_be_pasted(monkeypatch):
                        (["/my scripts/pm.py"], "python '/my scripts/pm.py'")):
         monkeypatch.setattr(sys, "argv", argv)
         assert command_line() == line
+
+
+@pytest.mark.parametrize(("broken", "words"), [
+    ({"reset": lambda self, seed=None, options=None: np.zeros(4, np.float32)}, "task.env.*reset"),
+    ({"reset": lambda self: (np.zeros(4, np.float32), {})}, "reset.seed=0. failed with TypeError"),
+    ({"step": lambda self, a: (self.state, float("nan"), False, False, {})}, "reward nan; both must be finite"),
+    ({"step": lambda self, a: (self.state, 0.0, False, {})}, "step failed with ValueError"),
+    ({"__init__": lambda self: 1 / 0}, "cannot be made, ZeroDivisionError"),
+    ({"action_space": gym.spaces.Discrete(3)}, "action_space must be a Box.*act in boxes only"),
+])
+def test_an_environment_that_does_not_work_is_told_before_anything_is_trained(tmp_path, data, broken, words):
+    made = type("Broken", (PointEnv,), broken)
+    with pytest.raises((EnvError, ConfigError), match=words):
+        train(small(tmp_path / "run", data, serial=True, pretrain__updates=10**6), made)
+
+
+def test_a_device_that_no_role_would_use_is_refused(tmp_path, data):
+    with pytest.raises(ConfigError, match="resources.device: got 'cuda', but no role has a GPU"):
+        train(small(tmp_path / "run", data, resources__device="cuda"))
+
+
+def test_commands_look_at_what_they_will_write_first(tmp_path, capsys):
+    there = tmp_path / "there.hdf5"
+    there.write_bytes(b"kept")
+    for args, words in ((["collect", "--policy", "demonstrator", "--transitions", "10", "--out", str(there)], "is there already"),
+                        (["collect", "--policy", "demonstrator", "--transitions", "10", "--out", str(tmp_path)], "is a folder"),
+                        (["eval", str(tmp_path), "--json", str(there / "x.json")], f"cannot be written, {there} is no folder"),
+                        (["export", str(tmp_path), "--to", "onnx", "--out", str(tmp_path)], "is a folder")):
+        with pytest.raises(SystemExit) as ended:
+            main(args)
+        assert ended.value.code == 2 and words in capsys.readouterr().err
+    assert there.read_bytes() == b"kept"
+
+
+def test_a_file_in_a_runs_place_and_a_damaged_summary_are_named(tmp_path, capsys):
+    file, run = tmp_path / "file", tmp_path / "run"
+    file.write_text("x")
+    run.mkdir()
+    (run / "summary.json").write_text("[1, 2]")
+    for args, words in ((["eval", str(file)], "is a file; expected a run folder"), (["export", str(file), "--to", "onnx"], "expected a run folder")):
+        with pytest.raises(SystemExit) as ended:
+            main(args)
+        assert ended.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(RunError, match="is not what a run writes"):
+        read_summary(run)
+
+
+def test_without_periodic_evaluations_there_is_no_best_checkpoint(finished_run):
+    """The final evaluation is of other weights than those at the end of pre-training."""
+    assert not list((finished_run / "checkpoints").glob("best_*"))
 
 
 class Mine(PointEnv):

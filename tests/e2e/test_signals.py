@@ -124,12 +124,12 @@ def test_a_second_ctrl_c_stops_at_once_and_a_checkpoint_that_takes_too_long_is_g
 
 
 @pytest.mark.ray
-def test_ctrl_c_on_ray_reaches_the_whole_group_and_nothing_stays(tmp_path, data):
-    """A terminal sends it to every process of the group: Ray's must live until the checkpoint is written, and not a moment longer than the run."""
+def test_sigterm_to_the_whole_group_saves_on_ray_and_nothing_stays(tmp_path, data):
+    """As `timeout` and batch systems send it: Ray's processes must live until the checkpoint is written, and not a moment longer than the run."""
     run = Run(tmp_path, data, ONLINE | {"serial": False})
     run.until(run.online)
     assert len(run.children) > 5
-    os.killpg(run.process.pid, signal.SIGINT)
+    os.killpg(run.process.pid, signal.SIGTERM)
     assert "the same command resumes" in run.ended(0)
     saved = newest(run.folder / "checkpoints")
     assert saved.counters["phase"] == "online" and saved.counters["env_steps"] > 100

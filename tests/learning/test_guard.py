@@ -37,7 +37,7 @@ def spoilt(stream, value, seed=5):
 
 
 def weights(learner, stream):
-    return {k: v for k, v in learner_state(learner, [stream])[stream].items() if k not in ("updates", "rng", "guard")}
+    return {k: v for k, v in learner_state(learner, [stream])[stream].items() if k not in ("updates", "rng", "guard", "streak", "value_guard")}
 
 
 def assert_same(a, b):

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from modip_ray.config import ConfigError
+from modip_ray.runfolder import RunError
 from modip_ray.study import run as driver
 from modip_ray.study.kept import evaluations, keep, outcome
 from modip_ray.study.run import run_study
 from modip_ray.study.spec import build_study, load_study
-from modip_ray.study.table import markdown, nested_ci, results
+from modip_ray.study.table import markdown, nested_ci, results, write_results
 from tests.fakes import SMALL, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,10 +32,10 @@ def study(out: Path, **fields):
 
 
 def put_summary(cell, bc: float, policy: float, mpc: float, rng: np.random.Generator) -> None:
-    """A finished run's summary, scores with some spread."""
-    scores = {}
+    """A finished run's summary, scores with some spread; those of its start are the same for all methods of a training seed."""
+    scores, start = {}, np.random.default_rng(cell.seed)
     for mode, mean in (("data", bc), ("bc", bc), ("policy", policy), ("mpc", mpc)):
-        values = (mean + rng.normal(0, 1, 20)).tolist()
+        values = (mean + (start if mode in ("data", "bc") else rng).normal(0, 1, 20)).tolist()
         scores[mode] = {"metric": "return", "mean": float(np.mean(values)), "ci95": [mean - 1, mean + 1], "episodes": 20, "values": values, "returns": values,
                         "seeds": list(range(20)), "normalized": None, "also": {}}
     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,15 @@ def test_every_seed_has_one_start_that_its_methods_share(tmp_path):
 def test_a_wrong_file_is_named(tmp_path, fields, message):
     with pytest.raises(ConfigError, match=message):
         study(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("tree, override, words", [("methods: [a, b]", "methods.a.x=1", "expected a mapping"),
+                                                   ("methods: {a: }", "seeds=[[0]]", "whole numbers")])
+def test_a_file_whose_fields_are_of_another_kind_is_named(tmp_path, tree, override, words):
+    file = tmp_path / "x.yaml"
+    file.write_text(f"tasks: {{{TASK}: }}\n{tree}\n")
+    with pytest.raises(ConfigError, match=words):
+        load_study(file, [override])
 
 
 def test_a_task_may_have_another_name(tmp_path):
@@ -137,6 +147,34 @@ def test_a_study_goes_on_from_what_was_kept(tmp_path, monkeypatch):
     assert outcome(study(tmp_path / "out", kept=str(tmp_path / "kept"), settings=SMALL | {"critic.width": 24}).cells()[1]) is None
     (run.kept / "config.yaml").write_text("critic: {gone: 1}\n")                    # a setting that this version does not have
     assert outcome(run) is None
+
+
+def test_only_runs_of_one_start_are_paired(tmp_path):
+    """A start that was made again elsewhere gives other data and another BC: a difference to it would be of both."""
+    s = study(tmp_path, methods={"modip": {}, "tail": {"planner.tail": "policy_q"}, "chunks": {"policy.n_action_steps": 2}})
+    rng, other = np.random.default_rng(0), {("tail", 1): "data", ("chunks", 0): "bc"}       # chunks act otherwise before they are tuned, too
+    for cell in s.cells():
+        put_summary(cell, 100, 120, 150, rng)
+        if name := other.get((cell.method, cell.seed)):
+            summary = json.loads((cell.folder / "summary.json").read_text())
+            summary["scores"][name]["values"][0] += 1e-9
+            (cell.folder / "summary.json").write_text(json.dumps(summary))
+    found = results(s)
+    tail, chunks = (found["methods"][m][TASK] for m in ("tail", "chunks"))
+    assert tail["other_start"] == [1] and chunks["other_start"] == []
+    assert tail["against_first"]["mean"] == pytest.approx(tail["mpc"]["by_seed"][0] - found["tasks"][TASK]["mpc"]["by_seed"][0])
+    assert markdown(found, []).count("(*)") == 2
+
+
+def test_kept_results_are_not_replaced_by_fewer(tmp_path):
+    s, kept = study(tmp_path / "out", kept=str(tmp_path / "kept"), methods={"modip": {}}), tmp_path / "kept.json"
+    for cell in s.cells():
+        put_summary(cell, 100, 120, 150, np.random.default_rng(0))
+    write_results(s)
+    before = kept.read_text()
+    with pytest.raises(RunError, match=f"has runs that this study has not .{TASK}/modip., so it stays"):
+        write_results(dataclasses.replace(s, seeds=[0]))
+    assert kept.read_text() == before and load_study("main", [f"out={tmp_path / 'mine'}"]).kept is None and load_study("main").kept is not None
 
 
 def test_over_tasks_by_rliable(tmp_path):
