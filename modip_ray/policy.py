@@ -103,9 +103,14 @@ class RunPolicy:
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """obs (Do,) raw -> action (Da,) in the environment's units. ValueError on a wrong or non-finite observation."""
+        try:
+            row = np.asarray(obs, np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"obs: got {type(obs).__name__}, expected {self.obs_dim} numbers") from error
+        if row.shape != (self.obs_dim,) or not np.isfinite(row).all():
+            raise ValueError(f"obs: got {row}, of shape {row.shape}; expected {self.obs_dim} finite numbers")
         if not len(self.chunk):
-            rows = np.asarray(obs, np.float32)[None]
-            self.chunk, self.new = self.chunks(rows, ["act"], np.array([self.new]))[0], False
+            self.chunk, self.new = self.chunks(row[None], ["act"], np.array([self.new]))[0], False
         action, self.chunk = self.chunk[0], self.chunk[1:]
         return action
 

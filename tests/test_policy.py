@@ -85,8 +85,11 @@ def test_mistakes_are_told(finished_run, tmp_path, monkeypatch):
         modip_ray.load(finished_run, "plan")
     with pytest.raises(ConfigError, match="critic.gamma: decides how the run was trained"):
         modip_ray.load(finished_run, overrides={"critic.gamma": 0.5})
-    with pytest.raises(ValueError, match=r"observations of shape \(1, 3\), expected \(rows, 4\)"):
-        modip_ray.load(finished_run).act(np.zeros(3))
+    policy = modip_ray.load(finished_run)
+    policy.act(np.zeros(4))
+    for obs, words in ((np.zeros(3), r"shape \(3,\); expected 4 finite"), (np.full(4, np.nan), "expected 4 finite"), ({"x": 1}, "got dict, expected 4 numbers")):
+        with pytest.raises(ValueError, match=words):                                # also in the middle of a chunk
+            policy.act(obs)
     monkeypatch.setattr("modip_ray.policy.saved_bc", lambda checkpoint: None)
     with pytest.raises(CheckpointError, match="no frozen BC policy yet"):
         modip_ray.load(finished_run, "bc")
