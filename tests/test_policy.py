@@ -87,7 +87,7 @@ def test_mistakes_are_told(finished_run, tmp_path, monkeypatch):
         modip_ray.load(finished_run, overrides={"critic.gamma": 0.5})
     policy = modip_ray.load(finished_run)
     policy.act(np.zeros(4))
-    for obs, words in ((np.zeros(3), r"shape \(3,\); expected 4 finite"), (np.full(4, np.nan), "expected 4 finite"), ({"x": 1}, "got dict, expected 4 numbers")):
+    for obs, words in ((np.zeros(3), r"shape \(3,\); expected 4 finite"), (np.full(4, np.nan), "expected 4 finite"), ({"x": 1}, "got dict, expected 4")):
         with pytest.raises(ValueError, match=words):                                # also in the middle of a chunk
             policy.act(obs)
     monkeypatch.setattr("modip_ray.policy.saved_bc", lambda checkpoint: None)
