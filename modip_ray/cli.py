@@ -54,12 +54,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", help="a YAML file, or the name of one in configs/")
     p.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings, e.g. task=hopper-medium run_dir=runs/hopper")
 
-    p = command(commands, "eval", run_eval, "measure a run again, from its newest checkpoint")
+    p = command(commands, "eval", run_eval, "measure a run again")
     p.add_argument("run_folder", type=Path, metavar="RUN")
     p.add_argument("--mode", choices=("bc", "policy", "mpc", "all"), default="mpc",
                    help="before fine-tuning, the diffusion policy alone, the planner; all: the three on the same seeds, with paired differences")
     p.add_argument("--episodes", type=positive, help="default: as in the run (eval.episodes)")
     p.add_argument("--seed", type=natural, help="first seed; default: as in the run (eval.seed)")
+    p.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="best: by its periodic evaluations (log.keep_best)")
     p.add_argument("--json", type=Path, dest="json_file", help="also write the score there")
     p.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
                    help="act with another setting than the run's, e.g. --set resources.precision=fp32 --set guard.trust=0.1")
@@ -132,10 +133,10 @@ def run_eval(args: argparse.Namespace) -> int:
     overrides = dict(parse_override(item) for item in args.settings)
     check_target(args.json_file)
     if args.mode == "all":
-        found = compare_run(args.run_folder, args.episodes, args.seed, overrides)
+        found = compare_run(args.run_folder, args.episodes, args.seed, overrides, args.checkpoint)
         scores = found["scores"]
     else:
-        found = evaluate_run(args.run_folder, args.mode, args.episodes, args.seed, overrides)
+        found = evaluate_run(args.run_folder, args.mode, args.episodes, args.seed, overrides, args.checkpoint)
         scores = {args.mode: found}
     for mode, s in scores.items():
         also = "".join(f", {name} {number(m['mean'])}" for name, m in s["also"].items())

@@ -1,4 +1,4 @@
-"""A run's newest checkpoint as something that acts: `modip_ray.load(run).act(observation)`. No Ray.
+"""A run's checkpoint as something that acts: `modip_ray.load(run).act(observation)`. No Ray.
 
 Symbols: B rows, Do / Da sizes of observation and action, c actions executed before the next look (n_action_steps).
 """
@@ -23,14 +23,14 @@ from modip_ray.learning.system import saved_bc
 from modip_ray.model.agent import Agent
 from modip_ray.model.hardware import prepare_process
 from modip_ray.planning.planner import Mode, Plan, Planner
-from modip_ray.runfolder import open_checkpoint, saved_config
+from modip_ray.runfolder import Which, open_checkpoint, saved_config
 
 ACTING = ("planner.", "guard.", "resources.", "eval.", "policy.sampling_steps", "policy.n_action_steps")      # may be other than in training
 
 
 @dataclass(frozen=True)
 class SavedAgent:
-    """What a run's newest checkpoint acts with. bc: frozen weights of the policy before fine-tuning, None before the offline phase's end."""
+    """What a run's checkpoint acts with. bc: frozen weights of the policy before fine-tuning, None before the offline phase's end."""
 
     run: Path
     cfg: Config
@@ -50,23 +50,23 @@ class SavedAgent:
         return self.bc
 
 
-def agent_of_run(run: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> SavedAgent:
-    """The agent of a run's newest checkpoint.
+def agent_of_run(run: Path, overrides: Mapping[str, Any] = MappingProxyType({}), checkpoint: Which = "newest") -> SavedAgent:
+    """The agent of a run's newest or best checkpoint.
 
     overrides: settings of acting by dotted name, in place of the run's.
     """
     for key in overrides:
         if not key.startswith(ACTING):
             raise ConfigError(f"{key}: decides how the run was trained; only settings of acting can be changed afterwards ({', '.join(ACTING)})")
-    cfg, checkpoint = saved_config(run).replace(dict(overrides)), open_checkpoint(run)
+    cfg, saved = saved_config(run).replace(dict(overrides)), open_checkpoint(run, checkpoint)
     prepare_process(cfg.resources.torch_threads)
     if cfg.method == "dppo":
         from modip_ray.baselines import dppo
-        agent = dppo.saved_agent(cfg, checkpoint, device_of(cfg))
+        agent = dppo.saved_agent(cfg, saved, device_of(cfg))
         bc: np.ndarray | None = dppo.bc_policy(agent)
     else:
-        agent, bc = saved_agent(cfg, checkpoint, device_of(cfg)), saved_bc(checkpoint)
-    return SavedAgent(run, cfg, agent, bc, int(checkpoint.counters["env_steps"]), checkpoint.path.name)
+        agent, bc = saved_agent(cfg, saved, device_of(cfg)), saved_bc(saved)
+    return SavedAgent(run, cfg, agent, bc, int(saved.counters["env_steps"]), saved.path.name)
 
 
 def check_mode(cfg: Config, mode: str) -> None:
@@ -127,12 +127,14 @@ class RunPolicy:
         return gym.wrappers.TimeLimit(env_factory(self.cfg.task)(), self.cfg.task.max_episode_steps)
 
 
-def load(run: str | Path, mode: EvalMode = "policy", seed: int = 0, overrides: Mapping[str, Any] = MappingProxyType({})) -> RunPolicy:
-    """The policy of a run folder, from its newest checkpoint.
+def load(run: str | Path, mode: EvalMode = "policy", seed: int = 0, overrides: Mapping[str, Any] = MappingProxyType({}),
+         checkpoint: Which = "newest") -> RunPolicy:
+    """The policy of a run folder.
 
-    mode      : "policy" (fine-tuned, by itself), "bc" (before fine-tuning) or "mpc" (the planner)
-    seed      : of the noise that chunks are denoised from
-    overrides : settings of acting in place of the run's, e.g. {"policy.sampling_steps": 3, "resources.device": "cpu"}
+    mode       : "policy" (fine-tuned, by itself), "bc" (before fine-tuning) or "mpc" (the planner)
+    seed       : of the noise that chunks are denoised from
+    overrides  : settings of acting in place of the run's, e.g. {"policy.sampling_steps": 3, "resources.device": "cpu"}
+    checkpoint : the newest, or the best by its periodic evaluations (log.keep_best)
     Raises RunError, CheckpointError or ConfigError with what to do.
     """
-    return RunPolicy(agent_of_run(Path(run), overrides), mode, seed)
+    return RunPolicy(agent_of_run(Path(run), overrides, checkpoint), mode, seed)

@@ -190,8 +190,13 @@ def with_defaults(saved: dict, path: Path) -> dict:
     return tree
 
 
-def open_checkpoint(path: Path, which: Literal["newest", "best"] = "newest") -> Checkpoint:
+Which = Literal["newest", "best"]
+
+
+def open_checkpoint(path: Path, which: Which = "newest") -> Checkpoint:
     """A run's newest checkpoint, or the best one by its periodic evaluations, which holds what acting needs."""
+    if which not in ("newest", "best"):
+        raise ConfigError(f"checkpoint: got {which!r}, expected newest or best")
     checkpoint = (newest if which == "newest" else best)(path / "checkpoints")
     if checkpoint is None and which == "best":
         raise CheckpointError(f"{path}: has no best checkpoint: it is kept by log.keep_best from the first periodic evaluation (eval.every_steps) on")

@@ -15,7 +15,7 @@ from modip_ray.learning.evaluation import EvalMode, jobs_for, joined, modes_of, 
 from modip_ray.learning.offline_data import collect_to, policy_of
 from modip_ray.policy import agent_of_run, check_mode, load
 from modip_ray.report.scores import ratio
-from modip_ray.runfolder import command_line, git_commit, machine, saved_config, versions
+from modip_ray.runfolder import Which, command_line, git_commit, machine, saved_config, versions
 from modip_ray.session import score
 from modip_ray.tasks.collect import collect
 from modip_ray.tasks.d4rl_data import Dataset, read_d4rl, write_d4rl
@@ -23,21 +23,24 @@ from modip_ray.tasks.envs import EnvFactory
 from modip_ray.tasks.scores import paired_difference
 
 
-def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict:
+def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({}),
+                 checkpoint: Which = "newest") -> dict:
     """S of a mode, measured again: the same seeds in the same groups give the returns of the run's own summary."""
-    saved = agent_of_run(run, overrides)
+    saved = agent_of_run(run, overrides, checkpoint)
     cfg = saved.cfg
     check_mode(cfg, mode)
     if mode == "bc":
         saved.need_bc()
     jobs = jobs_for(mode, episodes or cfg.eval.episodes, cfg.eval.seed if seed is None else seed)
     measures, seeds = joined([run_job(cfg, saved.agent, env_factory(cfg.task), job, saved.env_steps, saved.bc) for job in jobs], mode)
-    return {"mode": mode, "run": str(run), "env_steps": saved.env_steps, "settings": dict(overrides), "command": command_line(), **score(cfg, measures, seeds)}
+    return {"mode": mode, "run": str(run), "checkpoint": saved.version, "env_steps": saved.env_steps, "settings": dict(overrides), "command": command_line(),
+            **score(cfg, measures, seeds)}
 
 
-def compare_run(run: Path, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({})) -> dict:
+def compare_run(run: Path, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({}),
+                checkpoint: Which = "newest") -> dict:
     """BC, the policy alone and the planner, where there is one, on the same seeds; against_bc holds the paired differences and the ratio of means."""
-    scores = {mode: evaluate_run(run, mode, episodes, seed, overrides) for mode in modes_of(saved_config(run))}
+    scores = {mode: evaluate_run(run, mode, episodes, seed, overrides, checkpoint) for mode in modes_of(saved_config(run))}
     bc = scores["bc"]
     against = {mode: paired_difference(s["values"], bc["values"]) | {"ratio": ratio(scores, mode)}
                for mode, s in scores.items() if mode != "bc"}

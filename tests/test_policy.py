@@ -1,5 +1,6 @@
 """Acting with a run from Python: one environment, several, and the example; without Ray."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 import modip_ray
 from modip_ray.config import ConfigError
-from modip_ray.learning.checkpoint import CheckpointError
+from modip_ray.learning.checkpoint import CheckpointError, commit_best, newest, read_state, stage_best, write_state
 from modip_ray.runfolder import RunError
 from modip_ray.saved_run import evaluate_run
 from tests.fakes import STEPS
@@ -76,6 +77,22 @@ def test_importing_the_package_takes_no_torch_along():
     code = "import sys, modip_ray, modip_ray.cli; assert not {'torch', 'ray'} & set(sys.modules); modip_ray.load; assert 'torch' in sys.modules"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_best_checkpoint_acts_where_one_is_kept(finished_run, tmp_path):
+    """Made of the newest one, with other weights of the policy."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="has no best checkpoint"):
+        modip_ray.load(run, checkpoint="best")
+    folder = stage_best(newest(run / "checkpoints").path)
+    state = read_state(folder / "learner_policy.safetensors")
+    write_state(folder, "learner_policy", {k: v * 0 if k.startswith("agent.policy.") else v for k, v in state.items()})
+    commit_best(folder, 5.0)
+    best, last = (modip_ray.load(run, checkpoint=which) for which in ("best", "newest"))
+    assert best.version == f"best_{last.version}" and not np.array_equal(best.planner.agent.flat("policy"), last.planner.agent.flat("policy"))
+    assert evaluate_run(run, "policy", 1, checkpoint="best")["checkpoint"] == best.version
+    with pytest.raises(ConfigError, match="checkpoint: got 'last', expected newest or best"):
+        modip_ray.load(run, checkpoint="last")
 
 
 def test_mistakes_are_told(finished_run, tmp_path, monkeypatch):
