@@ -26,9 +26,9 @@ from modip_ray.learning.env_source import env_factory
 from modip_ray.learning.learner import Learner
 from modip_ray.learning.replay import Segment
 from modip_ray.model.hardware import prepare_process
+from modip_ray.output_file import check_output
 from modip_ray.planning.planner import Planner
 from modip_ray.runfolder import command_line, git_commit, machine, versions
-from modip_ray.target import check_target
 from modip_ray.tasks.env_group import EnvGroup
 
 MUJOCO = ("halfcheetah", "hopper", "walker2d")      # families whose environments are fast
@@ -275,7 +275,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
-        check_target(Path(args.json) if args.json else None)
+        check_output(Path(args.json) if args.json else None)
         run_bench(args.what, args.json, args.seconds, args.set, args.against, args.processor_time)
     except ValueError as error:                     # an unknown group or setting: the message says it all
         parser().error(str(error))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from modip_ray import __version__, data_cli, export_cli, jobs_cli, serve_cli, status_cli, study_cli, tune_cli
 from modip_ray.config import Config, ConfigError, load, parse_override
-from modip_ray.target import check_target
+from modip_ray.output_file import check_output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,7 +131,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from modip_ray.report.scores import interval, number
     from modip_ray.saved_run import compare_run, evaluate_run
     overrides = dict(parse_override(item) for item in args.settings)
-    check_target(args.json_file)
+    check_output(args.json_file)
     if args.mode == "all":
         found = compare_run(args.run_folder, args.episodes, args.seed, overrides, args.checkpoint)
         scores = found["scores"]
@@ -167,7 +167,7 @@ def run_collect(args: argparse.Namespace) -> int:
     cfg: Config | None = None if is_run else load(None, ([f"task={args.task}"] if args.task else []) + overrides)
     if is_run and args.task:
         raise ConfigError("--task cannot be given with a run folder: a run's policy acts in the run's own task")
-    check_target(args.out, new=True)
+    check_output(args.out, new=True)
     print(describe(collect_run(cfg, args.policy, args.mode, args.transitions, args.seed, args.out)))
     return 0
 

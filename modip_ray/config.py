@@ -7,7 +7,6 @@ default.yaml <- configs/tasks/<task>.yaml <- --config files <- dotted overrides,
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import difflib
 import hashlib
 import json
@@ -380,10 +379,8 @@ def parse_scalar(text: str) -> Any:
     """A YAML scalar; unlike YAML 1.1, 1e-4 is a number too."""
     try:
         value = yaml.load(text, OnceLoader)
-    except (yaml.YAMLError, ValueError) as e:                                       # ValueError: 2026-13-45
+    except yaml.YAMLError as e:
         raise ConfigError(f"cannot read the value {shown(text)}: {yaml_problem(e)}") from e
-    if isinstance(value, datetime.date):                                            # a folder may be named by its day
-        return text
     if isinstance(value, str):
         try:
             return float(value)
@@ -421,16 +418,19 @@ def stacked(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 class OnceLoader(yaml.SafeLoader):
-    """YAML data, in which a key that is given twice is an error: the first one would be dropped without a word."""
+    """YAML data, in which a key that is given twice is an error, as the first one would be dropped without a word, and a day is text: it names a folder."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
+    yaml_implicit_resolvers = {first: [r for r in resolvers if r[0] != "tag:yaml.org,2002:timestamp"]
+                               for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def yaml_problem(error: Exception) -> str:

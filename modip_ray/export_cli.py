@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from modip_ray.data_cli import command, size_text
-from modip_ray.target import check_target
+from modip_ray.output_file import check_output
 
 
 def add_parser(commands) -> None:
@@ -20,7 +20,7 @@ def add_parser(commands) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     from modip_ray.export import TOLERANCE, export_run
-    check_target(args.out)
+    check_output(args.out)
     done = export_run(args.run_folder, args.to, args.out, args.mode, args.steps)
     m = done.metadata
     print(f"{done.path}  ({size_text(done.path.stat().st_size)}, {m['mode']} of {m['checkpoint']}, {m['denoising_steps']} denoising steps: "

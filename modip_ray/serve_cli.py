@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modip_ray.config import ConfigError, parse_override
 from modip_ray.data_cli import command
-from modip_ray.target import check_target
+from modip_ray.output_file import check_output
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -55,7 +55,7 @@ def run_bench(args: argparse.Namespace) -> int:
     from modip_ray.bench_serve import measure
     if min(args.clients, args.bad) < 1 or not 0 < args.seconds <= 3600:
         raise ConfigError(f"--clients and --bad must be at least 1, --seconds above 0: got {args.clients}, {args.bad}, {args.seconds:g}")
-    check_target(args.json_file)
+    check_output(args.json_file)
     before = earlier()
     rows, wrong = measure(args.run_folder, args.clients, args.seconds, args.bad)
     print("\n".join([table(rows, before), *regressions(rows, before), *wrong]))

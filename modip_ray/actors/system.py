@@ -6,12 +6,13 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from modip_ray.actors.cluster import Cluster
 from modip_ray.actors.evaluators import AT_ONCE_S, Evaluators
@@ -297,8 +298,9 @@ class RaySystem:
     def close(self) -> None:
         """On a Ray that goes on the actors would stay, with their processors and locks: nothing frees them as long as this object is known to somebody."""
         if not self.cluster.own:
-            if self.pool is not None:
-                self.pool.close()
-            for group in {role.group for role in self.supervisor.roles.values()}:
-                self.supervisor.remove(group)
+            with suppress(RayError):                                                # a Ray that is gone itself
+                if self.pool is not None:
+                    self.pool.close()
+                for group in {role.group for role in self.supervisor.roles.values()}:
+                    self.supervisor.remove(group)
         self.cluster.close()

@@ -77,7 +77,8 @@ def try_one_step(env: gym.Env) -> None:
     except Exception as error:
         raise EnvError(f"task.env: reset(seed=0) failed with {type(error).__name__}: {error}; expected (observation, info), as gymnasium has it") from error
     box, obs, reward = env.action_space, np.zeros((1, *env.observation_space.shape), np.float32), np.zeros(1, np.float32)
-    run_chunk(env, (box.low + box.high)[None].astype(box.dtype) / 2, obs, reward, 1, "task.env")
+    middle = ((box.low.astype(np.float64) + box.high) / 2).astype(box.dtype)
+    run_chunk(env, middle[None], obs, reward, 1, "task.env")
     if not (np.isfinite(obs).all() and np.isfinite(reward).all()):
         raise EnvError(f"task.env: the first step returned observation {obs[0]} and reward {reward[0]}; both must be finite")
 

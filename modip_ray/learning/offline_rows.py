@@ -43,7 +43,8 @@ def write_rows(episodes: Sequence[Episode], gamma: float, shards: int, folder: P
             with open(ends := ends_of(partial), "wb") as file:
                 np.save(file, np.column_stack([buffer.end_obs, buffer.end_terminated]).astype(np.float32)[:len(own)])
         except OSError:
-            partial.unlink(missing_ok=True)                                         # a full disk gets its room back
+            for path in (partial, ends_of(partial)):
+                path.unlink(missing_ok=True)                                        # a full disk gets its room back
             raise
         os.replace(ends, ends_of(path))
         os.replace(partial, path)

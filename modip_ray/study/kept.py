@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from modip_ray.config import ConfigError
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.report.metrics import live_rows, read_metrics
-from modip_ray.runfolder import RunError, read_summary, saved_config
+from modip_ray.runfolder import read_summary, saved_config
 from modip_ray.study.spec import Cell, Study
 
 
@@ -35,8 +36,8 @@ def kept_settings(folder: Path) -> str | None:
 
 
 def keep(cell: Cell) -> None:
-    """Copy a finished run's settings, summary and evaluations; the summary last, as it says that all is there."""
-    if cell.kept is None or cell.start is None:
+    """Copy a finished run's settings, summary and evaluations; the summary last, as it says that all is there. What is kept of other settings stays."""
+    if cell.kept is None or cell.start is None or kept_settings(cell.kept) is not None:
         return
     cell.kept.mkdir(parents=True, exist_ok=True)
     write_synced(cell.kept / "config.yaml", (cell.folder / "config.yaml").read_text())
@@ -45,14 +46,15 @@ def keep(cell: Cell) -> None:
 
 
 def keep_results(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) -> None:
-    """results.json as the kept folder's name with .json, for who reads it by program; table and curves into that folder. RunError where those that are there
-    tell of more runs: of settings, tasks or seeds that this study was not given.
+    """results.json as the kept folder's name with .json, for who reads it by program; table and curves into that folder. Not where those that are there
+    tell of more runs, of settings, tasks or seeds that this study was not given: that is said.
     """
     folder = Path(str(study.kept))
     before = lost_runs(folder.with_suffix(".json"), found)
     if before:
-        raise RunError(f"{folder.with_suffix('.json')}: has runs that this study has not ({', '.join(before)}), so it stays; give the settings that they were "
-                       f"made with, or kept=null, or remove it. The table of what was found is {study.folder / 'results.md'}")
+        print(f"modip: {folder.with_suffix('.json')} stays as it is: it has what this study has not ({', '.join(before)}). Give the settings that those runs "
+              f"were made with, or remove it. The table of this study is {study.folder / 'results.md'}", file=sys.stderr)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write_synced(folder.with_suffix(".json"), (study.folder / "results.json").read_text())
     for name in ("results.md", *pictures):
@@ -60,13 +62,21 @@ def keep_results(study: Study, found: Mapping[str, Any], pictures: Sequence[str]
 
 
 def lost_runs(path: Path, found: Mapping[str, Any]) -> list[str]:
-    """Tasks and methods of an earlier results.json that had more training seeds than now."""
+    """Tasks and methods of an earlier results.json that had more training seeds than now; a file that cannot be read has more than anybody knows."""
     def seeds(tree: Mapping[str, Any]) -> dict[str, int]:
         return {f"{task}/{method}": entry["seeds_done"] for method, tasks in tree["methods"].items() for task, entry in tasks.items()}
     if not path.is_file():
         return []
-    now = seeds(found)
-    return sorted(name for name, n in seeds(json.loads(path.read_text())).items() if now.get(name, 0) < n)
+    try:
+        before, now = seeds(json.loads(path.read_text())), seeds(found)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ["something that no study writes"]
+    return sorted(name for name, n in before.items() if now.get(name, 0) < n)
+
+
+def others_kept(cells: Sequence[Cell]) -> list[str]:
+    """Runs of other settings that are kept in the places of these."""
+    return [c.name for c in cells if c.kept is not None and c.start is not None and kept_settings(c.kept) not in (None, c.cfg.hash())]
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:

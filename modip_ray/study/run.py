@@ -17,7 +17,7 @@ from modip_ray.learning.evaluation import modes_of
 from modip_ray.report.scores import duration, number
 from modip_ray.runfolder import RunError, check_same, is_open, read_summary, saved_config_tree
 from modip_ray.session import StopSignals
-from modip_ray.study.kept import keep, outcome
+from modip_ray.study.kept import keep, others_kept, outcome
 from modip_ray.study.spec import Cell, Study
 from modip_ray.study.table import write_results
 
@@ -39,9 +39,15 @@ def run_study(study: Study) -> dict[str, Any] | None:
         if earlier is not None:
             check_same(earlier, cell.cfg, cell.folder)
     with opened(study), StopSignals(grace_s=0.0) as stop:                      # each run keeps to its own log.grace_s
+        for cell in cells:
+            if outcome(cell) == cell.folder:                                           # it ended when no driver looked
+                keep(cell)
         todo = [c for c in cells if outcome(c) is None]
         todo = [c for c in todo if c.start is not None or any(other.start == c for other in todo)]       # a start that nobody waits for is not needed
         print(f"study {study.folder}: {len(cells)} runs, {len(todo)} to do", flush=True)
+        others = others_kept(todo)
+        if others:
+            print(f"{study.kept} keeps runs of other settings, which stay: {', '.join(others)}. Remove those that the new ones shall replace", flush=True)
         failed = run_cells(todo, study.at_once, stop)
         found = write_results(study)
         if stop.asked:
@@ -54,7 +60,8 @@ def run_study(study: Study) -> dict[str, Any] | None:
 
 def run_cells(todo: Sequence[Cell], at_once: int, stop: StopSignals) -> list[Cell]:
     """Run them, at most `at_once` at a time; returns those that failed, or could not begin as their start failed. A stop, or whatever else ends this
-    process but SIGKILL, lets each save and exit. One that another process still runs, for a driver that was killed, is waited for.
+    process but SIGKILL, has each save and exit, and waits for that, unless it is a second Ctrl-C. One that another process still runs, for a driver that was
+    killed, is waited for.
     """
     waiting, running, failed, told = list(todo), [], [], set()
     try:
@@ -79,17 +86,18 @@ def run_cells(todo: Sequence[Cell], at_once: int, stop: StopSignals) -> list[Cel
                 running.append(launched(ready[0]))
             elif running or waiting:
                 time.sleep(POLL_S)
-    finally:
-        end(running)
+    except BaseException as error:
+        end(running, wait=not isinstance(error, KeyboardInterrupt))
+        raise
     return failed
 
 
-def end(running: Sequence[Running]) -> None:
-    """Let each save and exit; all are told before one is waited for."""
+def end(running: Sequence[Running], wait: bool = True) -> None:
+    """Have each save and exit; all are told before one is waited for."""
     for one in running:
         if one.process.poll() is None:
             one.process.send_signal(signal.SIGTERM)
-    for one in running:
+    for one in running if wait else ():
         one.process.wait()
 
 

@@ -78,9 +78,9 @@ def task_results(cells: Sequence[Cell], runs: Runs, first: Runs, alike: bool) ->
 
 
 def act_alike(cfg: Config, first: Config) -> bool:
-    """The policy of the start acts in both methods before fine-tuning, in the same way: their BC scores are one number."""
-    ours, theirs = cfg.policy, first.policy
-    return cfg.pretrain.start is not None and (ours.n_action_steps, ours.sampling_steps) == (theirs.n_action_steps, theirs.sampling_steps)
+    """The policy of the start acts in both methods before fine-tuning, in the same way in the same episodes: their BC scores are one number."""
+    ours, theirs = ((c.policy.n_action_steps, c.policy.sampling_steps, c.eval.episodes, c.eval.seed) for c in (cfg, first))
+    return cfg.pretrain.start is not None and ours == theirs
 
 
 def same_start(run: Mapping[str, Any], other: Mapping[str, Any], alike: bool) -> bool:
@@ -167,7 +167,7 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Publi
                  f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
         lines.append("| " + " | ".join(cells) + " |")
     if any(r["other_start"] for r in have.values()):
-        lines += ["", f"{MARK.strip()} not from the start of {own}: it was made again, on another machine. These seeds are not paired."]
+        lines += ["", f"{MARK.strip()} data or BC are not those of {own} (other settings, or a start that was made again on another machine): not paired."]
     if paper is not None:
         others = ", ".join(f"{method} {score}" for method, score in paper.others)
         lines += ["", f"Paper: BC {paper.bc}, MODIP {paper.modip}, {others}."]

@@ -52,6 +52,17 @@ def test_every_query_waits_for_the_first_weights(queries):
     assert got == [(i, ["agent", "model"]) for i in range(queries)] and planner.versions == {"agent": 0, "model": 3}
 
 
+def test_first_weights_that_do_not_come_are_an_error_of_every_query():
+    async def newer(versions):
+        raise ConnectionError("the store is gone")
+    planner, got = planner_with(newer)
+
+    async def ask():
+        query = SimpleNamespace(worker=0, incarnation="a", obs=np.zeros((2, 4)))
+        return await asyncio.gather(planner.plan(query), planner.plan(query), return_exceptions=True)
+    assert [type(found) for found in asyncio.run(ask())] == [ConnectionError] * 2 and got == []
+
+
 def test_a_planner_that_begins_anew_draws_other_noise():
     seeds = {plan_server(small(), 4, 2, 0.0, 0, Timer()).planner.rng.initial_seed() for _ in range(3)}
     assert len(seeds) == 3

@@ -96,7 +96,8 @@ def test_a_serial_run_stops_in_good_order_at_every_moment(tmp_path, data, moment
         before = ""
     run = Run(tmp_path, data, LONG if moment == "pretraining" else ONLINE | {"eval.every_steps": 200 if moment == "evaluation" else 0}, before)
     run.until({"pretraining": run.updates, "online": run.online}.get(moment, reached.exists))
-    os.kill(run.process.pid, signal.SIGTERM if moment in ("data", "online") else signal.SIGINT)
+    signals = {"data": signal.SIGTERM, "online": signal.SIGTERM, "pretraining": signal.SIGHUP}         # SIGHUP: the terminal is closed
+    os.kill(run.process.pid, signals.get(moment, signal.SIGINT))
     said = run.ended(0)
     assert "the same command resumes" in said and f"run_dir={run.folder}" in said
     saved = newest(run.folder / "checkpoints")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from modip_ray.config import ConfigError
-from modip_ray.runfolder import RunError
+from modip_ray.runfolder import is_open
 from modip_ray.study import run as driver
 from modip_ray.study.kept import evaluations, keep, outcome
 from modip_ray.study.run import run_study
@@ -166,15 +167,35 @@ def test_only_runs_of_one_start_are_paired(tmp_path):
     assert markdown(found, []).count("(*)") == 2
 
 
-def test_kept_results_are_not_replaced_by_fewer(tmp_path):
+def test_kept_results_are_not_replaced_by_fewer(tmp_path, capsys):
     s, kept = study(tmp_path / "out", kept=str(tmp_path / "kept"), methods={"modip": {}}), tmp_path / "kept.json"
     for cell in s.cells():
         put_summary(cell, 100, 120, 150, np.random.default_rng(0))
     write_results(s)
     before = kept.read_text()
-    with pytest.raises(RunError, match=f"has runs that this study has not .{TASK}/modip., so it stays"):
-        write_results(dataclasses.replace(s, seeds=[0]))
-    assert kept.read_text() == before and load_study("main", [f"out={tmp_path / 'mine'}"]).kept is None and load_study("main").kept is not None
+    write_results(dataclasses.replace(s, seeds=[0]))
+    assert kept.read_text() == before and f"stays as it is: it has what this study has not ({TASK}/modip)" in capsys.readouterr().err
+    kept.write_text("[]")
+    write_results(s)
+    assert kept.read_text() == "[]" and "something that no study writes" in capsys.readouterr().err
+    assert load_study("main", [f"out={tmp_path / 'mine'}"]).kept is None and load_study("main").kept is not None
+
+
+def test_a_run_that_ended_unseen_is_kept_and_one_of_other_settings_stays(tmp_path, capsys):
+    def of(**settings):
+        return study(tmp_path / "out", kept=str(tmp_path / "kept"), methods={"modip": {}}, seeds=[0], settings=SMALL | settings)
+
+    def end(s, mpc):
+        cell = s.cells()[1]
+        put_summary(cell, 100, 120, mpc, np.random.default_rng(0))
+        (cell.folder / "config.yaml").write_text(cell.cfg.dump())
+        run_study(s)
+        return json.loads((cell.kept / "summary.json").read_text())["scores"]["mpc"]["mean"]
+    first = end(of(), 150)
+    shutil.rmtree(tmp_path / "out")
+    assert end(of(**{"eval.episodes": 3}), 90) == first > 140
+    shutil.rmtree(tmp_path / "kept")
+    assert end(of(**{"eval.episodes": 3}), 90) < 100
 
 
 def test_over_tasks_by_rliable(tmp_path):
@@ -209,9 +230,9 @@ class Sleeper:
 def test_a_run_that_an_earlier_driver_left_behind_is_waited_for(tmp_path, monkeypatch, capsys):
     cell = study(tmp_path).cells()[0]
     left, begun = Sleeper.start(cell.folder, 1.5), []
-    monkeypatch.setattr(driver, "launched", lambda c: begun.append(left.poll()) or driver.Running(c, left, 0.0))
+    monkeypatch.setattr(driver, "launched", lambda c: begun.append(is_open(c.folder)) or driver.Running(c, left, 0.0))
     monkeypatch.setattr(driver, "note", lambda one, stopped: True)
-    assert driver.run_cells([cell], 1, SimpleNamespace(asked=False)) == [] and begun == [0]
+    assert driver.run_cells([cell], 1, SimpleNamespace(asked=False)) == [] and begun == [False] and left.wait(5) == 0
     assert capsys.readouterr().out.count("is run by another process") == 1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from modip_ray.config import ConfigError
 
 
-def check_target(path: Path | None, new: bool = False) -> None:
+def check_output(path: Path | None, new: bool = False) -> None:
     """Make the folder of a file that will be written; ConfigError where that cannot be, or, if it is to be `new`, where it is there already."""
     if path is None:
         return
