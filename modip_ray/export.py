@@ -27,7 +27,7 @@ from modip_ray.model.agent import Normalizer
 from modip_ray.model.diffusion import DiffusionPolicy
 from modip_ray.model.gaussian import GaussianPolicy, policy_of
 from modip_ray.policy import SavedAgent, agent_of_run
-from modip_ray.runfolder import RunError, git_commit, read_summary, versions
+from modip_ray.runfolder import RunError, git_commit, read_summary, saved_config, versions
 from modip_ray.tasks.dataset import DataError
 from modip_ray.tasks.readers import read_any
 
@@ -129,7 +129,8 @@ def describe(run: Path, saved: SavedAgent, mode: PolicyMode, policy: RawPolicy, 
     """What the file says about itself, JSON-ready."""
     cfg, norm, net = saved.cfg, policy.normalizer, policy.policy
     summary = read_summary(run) or {}
-    scores = summary.get("scores", {}) if summary.get("env_steps") == saved.env_steps else {}          # else they are of other weights
+    measured = summary.get("env_steps") == saved.env_steps and policy.steps == saved_config(run).policy.sampling_steps      # these weights, acting this way
+    scores = {name: s for name, s in summary.get("scores", {}).items() if measured and name in ("data", mode)}
     shown = ("metric", "mean", "ci95", "episodes", "normalized")
     return {
         "task": cfg.task.name, "env": cfg.task.env, "mode": mode,

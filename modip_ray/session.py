@@ -108,7 +108,7 @@ class Session:
         self.next_eval: int = saved.get("next_eval", 0)
         self.status = Status(saved.get("env_steps", 0), saved.get("updates", 0), saved.get("policy_updates", 0), False)
         earlier = (folder.path / "metrics.jsonl").exists()
-        resumed_at = {"phase": self.phase, "env_steps": self.status.env_steps, "updates": self.status.updates} if earlier else None
+        resumed_at = self.position() if earlier else None
         self.progress = Progress()
         self.log = MetricsLog(folder.path, cfg.log.tensorboard, cfg.log.wandb, cfg.log.wandb_project, cfg.to_dict(), resumed_at, self.progress.say)
         self.mirror = Mirroring(cfg.log.mirror, folder.path, cfg.log.keep_checkpoints) if cfg.log.mirror is not None else None

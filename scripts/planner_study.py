@@ -46,12 +46,12 @@ CALLS = 25
 
 def processor_ms(run: Path, names: list[str]) -> dict[str, float]:
     """Least processor time of a plan for ROWS rows, milliseconds by setting; calls by turns, so that a busy machine slows all alike."""
-    obs, old = np.random.default_rng(0).standard_normal((ROWS, 17), dtype=np.float32), np.zeros(ROWS, bool)
-    planners, best = {}, dict.fromkeys(names, float("inf"))
+    old, planners, best = np.zeros(ROWS, bool), {}, dict.fromkeys(names, float("inf"))
     for name in names:
-        cfg, agent, _, env_steps = agent_of_run(run, SETTINGS[name])
-        planners[name] = Planner(cfg, agent)
-        planners[name].env_steps = env_steps
+        saved = agent_of_run(run, SETTINGS[name])
+        planners[name] = Planner(saved.cfg, saved.agent)
+        planners[name].env_steps = saved.env_steps
+    obs = np.random.default_rng(0).standard_normal((ROWS, saved.agent.obs_dim), dtype=np.float32)
     for _ in range(CALLS):
         for name, planner in planners.items():
             begun = time.thread_time()

@@ -25,7 +25,7 @@ def paper(task: str, env_id: str = "") -> str:
 def run_row(path: Path) -> str:
     run = json.loads(path.read_text())
     s = run["scores"]
-    cells = [number(s["data"]["mean"]), score_cell(s["bc"]), score_cell(s["policy"], s["bc"]), score_cell(s["mpc"], s["bc"])]
+    cells = [number(s["data"]["mean"]), score_cell(s["bc"]), score_cell(s["policy"], s["bc"]), score_cell(s.get("mpc"), s["bc"])]
     minutes = f"{run['wall_s'] / 60:.0f} min"
     return f"| [{path.stem}](results/{path.name}) | {' | '.join(cells)} | {run['env_steps']:,} | {minutes} | {paper(path.stem, run['env_id'])} |"
 
@@ -36,7 +36,7 @@ def paired_lines(path: Path) -> list[str]:
     names = {"policy": "DP-only", "mpc": "MPC-acting"}
     return [f"- [{path.stem}](results/{path.name}): {names[mode]} minus BC over the same {episodes} seeds "
             f"{d['mean']:+.0f} [{d['ci95'][0]:+.0f}, {d['ci95'][1]:+.0f}], "
-            f"{d['ratio']:.2f} x" for mode, d in run["against_bc"].items()]
+            f"{'-' if d['ratio'] is None else format(d['ratio'], '.2f')} x" for mode, d in run["against_bc"].items()]
 
 
 def study_lines(path: Path) -> list[str]:
@@ -48,7 +48,7 @@ def study_lines(path: Path) -> list[str]:
     for name, task in study["tasks"].items():
         bc = task["bc"]
         cells = [name, f"{task['env_steps']:,}", f"{task['seeds_done']} of {task['seeds_wanted']}", number(task["data"]["mean"]),
-                 score_cell(bc), score_cell(task["policy"], bc), score_cell(task["mpc"], bc), paired_cell(task["against_bc"]["policy"]), paper(name)]
+                 score_cell(bc), score_cell(task["policy"], bc), score_cell(task.get("mpc"), bc), paired_cell(task["against_bc"]["policy"]), paper(name)]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -227,6 +227,12 @@ def test_commands_for_the_cluster(tmp_path):
     assert unnamed.run_dir == f"/s/runs/{unnamed.label}" and unnamed.label.startswith("hopper-medium-2")
     search = prepare(["tune", "tiny", "out=runs/tune/x", "num_samples=2"], None, "~/s", tmp_path)
     assert search.arguments == ["tune", "tiny", "num_samples=2", "out=~/s/runs/tune/x", "ray_address=auto"] and search.local_dir == "runs/tune/x"
+    (tmp_path / "s.yaml").write_text("{task: hopper-medium, start: runs/base, search: {guard.trust: {uniform: [0, 1]}}}")
+    assert "start=~/s/runs/base" in prepare(["tune", "s.yaml"], None, "~/s", tmp_path).arguments, "of the file"
+    started = prepare(["train", "pretrain.start=runs/base", "run_dir=runs/d"], None, "~/s", tmp_path)
+    assert started.arguments == ["train", "pretrain.start=~/s/runs/base", "run_dir=~/s/runs/d", "resources.ray_address=auto"]
+    compared = prepare(["study", "main", "out=runs/s", "seeds=[0]"], None, "~/s", tmp_path)
+    assert compared.arguments == ["study", "main", "seeds=[0]", "out=~/s/runs/s"] and (compared.run_dir, compared.local_dir) == ("~/s/runs/s", "runs/s")
     measured = prepare(["eval", "runs/d", "--mode", "all", "--json", "runs/d/e.json"], None, "~/s", tmp_path)
     assert measured.arguments == ["eval", "~/s/runs/d", "--mode", "all", "--json", "~/s/runs/d/e.json"] and measured.local_dir == "runs/d"
     both = prepare(["report", "runs/a", "runs/b"], None, "~/s", tmp_path)

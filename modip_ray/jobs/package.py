@@ -101,18 +101,30 @@ def prepare(arguments: Sequence[str], name: str | None, storage: str, folder: Pa
         with chdir(folder):
             cfg = load(args.config, args.settings)
         label = name or (PurePosixPath(cfg.run_dir).name if cfg.run_dir else f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        return writing(list(arguments), "run_dir", cfg.run_dir or f"runs/{label}", label, storage, {"resources.ray_address": cfg.resources.ray_address})
+        moved = with_path(arguments, "pretrain.start", cfg.pretrain.start, storage)
+        return writing(moved, "run_dir", cfg.run_dir or f"runs/{label}", label, storage, {"resources.ray_address": cfg.resources.ray_address})
     if args.command == "tune":
         from modip_ray.search.spec import load_search
         with chdir(folder):
             search = load_search(args.search_file, args.settings)
-        moved = [f"start={on_cluster(a.removeprefix('start='), storage)}" if a.startswith("start=") else a for a in arguments]
+        moved = with_path(arguments, "start", search.start, storage)
         return writing(moved, "out", search.out, name or PurePosixPath(search.out).name, storage, {"ray_address": search.ray_address})
+    if args.command == "study":
+        from modip_ray.study.spec import load_study
+        with chdir(folder):
+            study = load_study(args.study_file, args.settings)
+        return writing(list(arguments), "out", str(study.out), name or study.folder.name, storage, {})
     return other(list(arguments), args, name, storage)
 
 
+def with_path(arguments: Sequence[str], key: str, value: str | None, storage: str) -> list[str]:
+    """The arguments with a setting that names a run folder, from wherever it came, as a path under `storage`: runs do not travel."""
+    others = [a for a in arguments if not a.startswith(f"{key}=")]
+    return list(arguments) if value is None else [*others, f"{key}={on_cluster(value, storage)}"]
+
+
 def writing(arguments: list[str], key: str, run_dir: str, label: str, storage: str, address: dict[str, str]) -> Command:
-    """train and tune: the folder that the setting `key` names, under `storage`, and the cluster's address unless the user gave one."""
+    """train, tune and study: the folder that the setting `key` names, under `storage`, and the cluster's address unless the user gave one."""
     there = on_cluster(run_dir, storage)
     joined = [f"{name}=auto" for name, value in address.items() if value == "local" and not any(a.startswith(f"{name}=") for a in arguments)]
     return Command([a for a in arguments if not a.startswith(f"{key}=")] + [f"{key}={there}", *joined], label, there, here_for(run_dir))

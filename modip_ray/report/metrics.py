@@ -35,7 +35,7 @@ class MetricsLog:
 
     run_dir: folder of the run, made if absent; TensorBoard's files go to `run_dir`/tensorboard.
     wandb_mode: 'disabled', 'offline' (no network) or 'online'; config: dict shown by wandb.
-    resumed_at: {"phase", "env_steps", "updates"} of the checkpoint that the run goes on from, None for a fresh start.
+    resumed_at: {"phase", "env_steps", "updates", "policy_updates"} of the checkpoint that the run goes on from, None for a fresh start.
     say: gets one line about a sink that cannot be used (its package is missing, say), which is then left out; training does not stop for it.
     written: rows by kind, in the whole file. Raises ValueError for an unknown wandb_mode or a row without 'kind'.
     """
@@ -138,11 +138,11 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 def live_rows(rows: list[dict]) -> list[dict]:
-    """Rows without those that a resume made void: a row before it whose (env_steps, updates) lie beyond the checkpoint's."""
+    """Rows without those that a resume made void: a row before it of which a count lies beyond the checkpoint's."""
     kept: list[dict] = []
     for row in rows:
         if row.get("kind") == "resume":
-            kept = [old for old in kept if _position(old) is None or _position(old) <= _position(row)]
+            kept = [old for old in kept if _position(old) is None or _before(old, row)]
         else:
             kept.append(row)
     return kept
@@ -165,11 +165,16 @@ def to_plain(value: Any, key: str = "value") -> Any:
     raise TypeError(f"metrics row, {key!r}: got {type(value).__name__}, expected numbers, text, lists, dicts or numpy arrays")
 
 
-def _position(row: Mapping) -> tuple[float, float] | None:
+def _before(row: Mapping, resume: Mapping) -> bool:
+    """The row was written before what the run goes on from: as far in all counts that both say. Later steps, or later updates of either network, are void."""
+    return all(mine <= its for mine, its in zip(_position(row), _position(resume), strict=True) if its >= 0)
+
+
+def _position(row: Mapping) -> tuple[float, ...] | None:
+    """How far a row is, by each count; what it does not say is no further than any other."""
     if row.get("env_steps") is None and row.get("updates") is None:
         return None
-    updates = row.get("updates")
-    return float(row.get("env_steps") or 0), float(updates) if updates is not None else -1.0
+    return float(row.get("env_steps") or 0), *(float(-1 if row.get(key) is None else row[key]) for key in ("updates", "policy_updates"))
 
 
 def _parse(line: bytes) -> dict | None:

@@ -77,13 +77,15 @@ def load_run(run_dir: str | Path, page_dir: Path | None = None) -> RunData:
     Raises FileNotFoundError where it holds no metrics.jsonl and ValueError for a file that does not parse.
     """
     path = Path(run_dir).resolve()
-    rows = read_metrics(path)
+    rows, config, summary = read_metrics(path), _read_config(path / "config.yaml"), _read_summary(path / "summary.json")
+    if (summary.get("env_steps") or 0) < (config.get("online.env_steps") or 0):     # of a run that was prolonged since
+        summary = {}
     return RunData(
         path=path,
         rows=live_rows(rows),
         resumes=[row for row in rows if row.get("kind") == "resume"],
-        summary=_read_summary(path / "summary.json"),
-        config=_read_config(path / "config.yaml"),
+        summary=summary,
+        config=config,
         page_dir=page_dir or path / "report",
     )
 

@@ -14,6 +14,7 @@ from modip_ray.report.rundata import RunData, role_times
 from modip_ray.report.scores import MEANING, ROWS, also_measured, interval, metric_of, number, score_cells
 from modip_ray.report.timing_html import phases_table, time_table
 
+POLICY = ("policy/", "distill/", "ppo/")  # training numbers of the policy's own updates; loss/policy is another
 EMBED_LIMIT = 4 * 1024 * 1024  # bytes of video kept inside the page
 
 
@@ -133,7 +134,12 @@ def losses(run: RunData) -> str:
 
 
 def _grid(rows: Sequence[Mapping], keys: Sequence[str]) -> str:
-    return f'<div class="charts small">{"".join(figure(plots.series(rows, key, key, "updates", label=f"{key} over updates")) for key in keys)}</div>'
+    """Each number over the updates of the network that it is of: world model with critic, or policy."""
+    figures = []
+    for key in keys:
+        x = "policy_updates" if key == "loss/policy" or key.startswith(POLICY) else "updates"
+        figures.append(figure(plots.series(rows, key, key, x, label=f"{key} over {x.replace('_', ' ')}")))
+    return f'<div class="charts small">{"".join(figures)}</div>'
 
 
 def timing(run: RunData) -> str:

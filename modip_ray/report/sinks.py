@@ -39,8 +39,9 @@ def row_phase(row: Mapping) -> str:
 
 
 def row_step(row: Mapping) -> int:
-    """Environment steps for online rows, updates for rows of the pre-training."""
-    return int(row.get("updates" if row_phase(row) == "pretrain" else "env_steps") or 0)
+    """Environment steps for online rows; for rows of the pre-training the updates of all networks: those of one may be over while the other's go on."""
+    keys = ("updates", "policy_updates") if row_phase(row) == "pretrain" else ("env_steps",)
+    return sum(int(row.get(key) or 0) for key in keys)
 
 
 def scalars(row: Mapping) -> dict[str, float]:
@@ -61,7 +62,7 @@ def is_number(value: object) -> bool:
 
 
 class TensorBoardSink:
-    """Event files under `folder`/pretrain (step = updates) and `folder`/online (step = environment steps); needs no torch and no TensorFlow."""
+    """Event files under `folder`/pretrain (step = updates of all networks) and `folder`/online (step = environment steps); needs no torch and no TensorFlow."""
 
     def __init__(self, folder: Path, resumed_at: Mapping | None = None):
         try:

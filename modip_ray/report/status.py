@@ -42,14 +42,9 @@ class Role:
     waits: dict[str, float]
 
 
-def is_finished(run: RunData) -> bool:
-    """A summary of as many steps as the settings ask for (they may have been raised since)."""
-    return run.finished and run.summary.get("env_steps", 0) >= (run.config.get("online.env_steps") or 0)
-
-
 def phase_of(run: RunData) -> str:
     """data, start, pretrain, online or evaluate: what is under way, or would be gone on with; finished."""
-    if is_finished(run):
+    if run.finished:
         return "finished"
     known = [row["phase"] for row in run.rows if row.get("kind") in ("phase", "train", "system", "resume")]
     if known and known[-1] != "data":
@@ -81,7 +76,7 @@ def progress_of(run: RunData, phase: str, running: bool) -> Progress | None:
 
 def scores_so_far(run: RunData) -> dict[str, dict[str, Any]]:
     """Newest score of data, bc, policy, mpc. Before the final evaluation, the policy's at the end of the offline phase stands for BC."""
-    scores = scores_from_rows(run.rows) | ((run.summary.get("scores") or {}) if is_finished(run) else {})
+    scores = scores_from_rows(run.rows) | (run.summary.get("scores") or {})
     first = next((row for row in run.of_kind("eval") if row.get("mode") == "policy" and row.get("env_steps") == 0), None)
     return scores if "bc" in scores or first is None else scores | {"bc": first}
 

@@ -97,6 +97,9 @@ def test_in_pretraining_the_updates_decide_what_a_resume_voids():
     rows = [{"kind": "train", "env_steps": 0, "updates": u} for u in (1, 2, 3)]
     rows.append({"kind": "resume", "env_steps": 0, "updates": 2})
     assert [r["updates"] for r in live_rows(rows)] == [1, 2]
+    rows = [{"kind": "train", "env_steps": 0, "updates": 3, "policy_updates": u} for u in (10, 20, 30)]       # the world model's are over
+    rows.append({"kind": "resume", "env_steps": 0, "updates": 3, "policy_updates": 20})
+    assert [r["policy_updates"] for r in live_rows(rows)] == [10, 20]
 
 
 def test_scalars_of_each_kind():
@@ -106,7 +109,8 @@ def test_scalars_of_each_kind():
     system = {"kind": "system", "phase": "online", "env_steps": 7, "policy_updates": 2, "rollout/workers": 2.0}
     assert scalars(system) == {"system/rollout/workers": 2.0}
     assert scalars({"kind": "timing", "seconds": 3}) == {}
-    assert row_step({"phase": "pretrain", "updates": 9, "env_steps": 0}) == 9 and row_step({"mode": "mpc", "updates": 9, "env_steps": 4}) == 4
+    assert row_step({"phase": "pretrain", "updates": 9, "policy_updates": 4, "env_steps": 0}) == 13
+    assert row_step({"mode": "mpc", "updates": 9, "env_steps": 4}) == 4
 
 
 def test_tensorboard_has_one_axis_a_phase_and_hides_lost_steps(tmp_path):

@@ -172,3 +172,12 @@ def test_run_data_prefers_the_summary_and_flattens_the_config(make_run):
     assert run.scores["mpc"]["episodes"] == 20 and run.scores["data"]["episodes"] == 100
     assert run.config["model.latent_dim"] == 128 and run.config["model.hidden"] == [256, 256]
     assert flatten({"a": {"b": {"c": 1}}, "d": {}}) == {"a.b.c": 1, "d": {}}
+
+
+def test_the_summary_of_a_run_that_is_prolonged_is_not_its_own(make_run):
+    folder = make_run()
+    assert load_run(folder).finished
+    with open(folder / "config.yaml", "a") as config:
+        config.write("\nonline: {env_steps: 1000000000}\n")
+    longer = load_run(folder)
+    assert not longer.finished and longer.scores["mpc"]["episodes"] != 20, "the latest periodic one"
