@@ -101,16 +101,17 @@ def command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return at_least(1, text)
 
 
 def natural(text: str) -> int:
+    return at_least(0, text)
+
+
+def at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value
 
 

@@ -143,7 +143,7 @@ class RunFolder:
 
 
 def is_open(path: Path) -> bool:
-    """A process is training in this run folder now."""
+    """Whether a process holds the run's lock: one of this machine, or of another that shares the file system's locks. Tried, and given back at once."""
     try:
         with open(path / ".lock") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -65,11 +66,10 @@ def rendering_env(cfg: Config) -> Callable[[], gym.Env]:
     factory: EnvFactory = env_factory(cfg.task)
 
     def make() -> gym.Env:
-        try:
+        with suppress(TypeError):
             return factory(render_mode="rgb_array", width=320, height=240)
-        except TypeError:
-            try:
-                return factory(render_mode="rgb_array")
-            except TypeError as error:
-                raise ConfigError(f"task.env: {cfg.task.env} cannot be rendered ({error}); have it take render_mode=\"rgb_array\"") from error
+        try:
+            return factory(render_mode="rgb_array")
+        except TypeError as error:
+            raise ConfigError(f"task.env: {cfg.task.env} cannot be rendered ({error}); have it take render_mode=\"rgb_array\"") from error
     return make

@@ -64,7 +64,7 @@ def gather(folder: Path) -> dict[str, Any]:
     from modip_ray.report.metrics import FILE_NAME
     from modip_ray.report.rundata import RunData, load_run
     from modip_ray.report.status import facts_of
-    from modip_ray.runfolder import RunError, saved_config_tree
+    from modip_ray.runfolder import RunError, is_open, saved_config_tree
     if saved_config_tree(folder) is None:
         raise RunError(f"{folder}: no config.yaml there; expected a run folder as written by 'modip train run_dir=...'")
     log = folder / FILE_NAME
@@ -72,23 +72,10 @@ def gather(folder: Path) -> dict[str, Any]:
         run = load_run(folder) if log.is_file() else RunData(folder, [], [], {}, {}, folder)
     except ValueError as error:
         raise RunError(str(error)) from error
-    facts = facts_of(run, locked(folder))
+    facts = facts_of(run, is_open(folder))
     command = f"modip train --config {shlex.quote(str(folder / 'config.yaml'))} run_dir={shlex.quote(str(folder))}"
     return {"run": str(folder), **facts, "row_age_s": max(0.0, time.time() - log.stat().st_mtime) if run.rows else None,
             "checkpoint": checkpoint_of(folder / "checkpoints"), "resume": command if facts["state"] == "stopped" else None}
-
-
-def locked(folder: Path) -> bool:
-    """Whether a process holds the run's lock: one of this machine, or of another that shares the file system's locks. Tried, and given back at once."""
-    import fcntl
-    try:
-        with open(folder / ".lock") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def checkpoint_of(root: Path) -> dict[str, Any] | None:

@@ -75,7 +75,7 @@ class PlannerActor:
         if time.monotonic() - self.pulled_at >= self.cfg.planner.weights_every_s and (self.pulling is None or self.pulling.done()):
             self.pulled_at = time.monotonic()
             self.pulling = asyncio.create_task(self.pull())
-        if not self.versions and self.pulling is not None:
+        if not self.versions:
             await asyncio.shield(self.pulling)                                      # nobody plans with the weights of before the training
         return await self.queue.submit((query.worker, query.incarnation), query, len(query.obs))
 

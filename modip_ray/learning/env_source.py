@@ -83,9 +83,10 @@ def try_one_step(env: gym.Env) -> None:
         raise EnvError(f"task.env: the first step returned observation {obs[0]} and reward {reward[0]}; both must be finite")
 
 
-def spaces(factory: EnvFactory) -> tuple[int, np.ndarray, np.ndarray]:
-    """Observation size and the action box (low, high), each (Da,) and finite. One step is tried: what is wrong with an environment shall show before it is
-    trained for. ConfigError for spaces that cannot be used, EnvError for what it raises or returns.
+def spaces(factory: EnvFactory, try_step: bool = False) -> tuple[int, np.ndarray, np.ndarray]:
+    """Observation size and the action box (low, high), each (Da,) and finite. ConfigError for spaces that cannot be used, EnvError for what it raises or gives.
+
+    try_step: make one step, too. What is wrong with an environment shall show before it is trained for.
     """
     try:
         (env,) = make_envs(factory, 1)
@@ -99,7 +100,8 @@ def spaces(factory: EnvFactory) -> tuple[int, np.ndarray, np.ndarray]:
         low, high = (np.asarray(x, np.float32) for x in (env.action_space.low, env.action_space.high))
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
             raise ConfigError(f"task.env: the action space must be bounded, got low {low}, high {high}; wrap it (gymnasium.wrappers.RescaleAction)")
-        try_one_step(env)
+        if try_step:
+            try_one_step(env)
         return env.observation_space.shape[0], low, high
     finally:
         env.close()

@@ -34,7 +34,7 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
     progress: called with transitions (done, asked for) while collecting; download: with bytes (there, in all) while fetching an official file.
     DataError where a file is unsound, fits another environment, or was collected with other settings.
     """
-    obs_dim, low, high = spaces(env_factory)
+    obs_dim, low, high = spaces(env_factory, try_step=True)
     source = stored_source(cfg, folder)
     if rolls_out(cfg.data.source):
         path = Path(source)

@@ -34,17 +34,18 @@ def write_rows(episodes: Sequence[Episode], gamma: float, shards: int, folder: P
     paths = [folder / f"rows_{i}_of_{shards}.npy" for i in range(shards)]
     for i, path in enumerate(paths):
         own, partial = episodes[i::shards], path.with_name(f".{path.name}")
+        ends = ends_of(partial)
         shape = sum(e.length for e in own), own[0].observations.shape[1] + own[0].actions.shape[1] + EXTRA
         try:
             steps = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
             take_room(partial)
             buffer = in_memory(own, gamma, steps)
             steps.flush()
-            with open(ends := ends_of(partial), "wb") as file:
+            with open(ends, "wb") as file:
                 np.save(file, np.column_stack([buffer.end_obs, buffer.end_terminated]).astype(np.float32)[:len(own)])
         except OSError:
-            for path in (partial, ends_of(partial)):
-                path.unlink(missing_ok=True)                                        # a full disk gets its room back
+            partial.unlink(missing_ok=True)                                         # a full disk gets its room back
+            ends.unlink(missing_ok=True)
             raise
         os.replace(ends, ends_of(path))
         os.replace(partial, path)

@@ -22,6 +22,7 @@ from typing import Any
 from modip_ray.report.sinks import WANDB_MODES, Sink, SinkError, TensorBoardSink, WandbSink
 
 FILE_NAME = "metrics.jsonl"
+COUNTS = ("env_steps", "updates", "policy_updates")
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def live_rows(rows: list[dict]) -> list[dict]:
     kept: list[dict] = []
     for row in rows:
         if row.get("kind") == "resume":
-            kept = [old for old in kept if _position(old) is None or _before(old, row)]
+            kept = [old for old in kept if _before(old, row)]
         else:
             kept.append(row)
     return kept
@@ -167,14 +168,7 @@ def to_plain(value: Any, key: str = "value") -> Any:
 
 def _before(row: Mapping, resume: Mapping) -> bool:
     """The row was written before what the run goes on from: as far in all counts that both say. Later steps, or later updates of either network, are void."""
-    return all(mine <= its for mine, its in zip(_position(row), _position(resume), strict=True) if its >= 0)
-
-
-def _position(row: Mapping) -> tuple[float, ...] | None:
-    """How far a row is, by each count; what it does not say is no further than any other."""
-    if row.get("env_steps") is None and row.get("updates") is None:
-        return None
-    return float(row.get("env_steps") or 0), *(float(-1 if row.get(key) is None else row[key]) for key in ("updates", "policy_updates"))
+    return all(row[key] <= resume[key] for key in COUNTS if row.get(key) is not None and resume.get(key) is not None)
 
 
 def _parse(line: bytes) -> dict | None:

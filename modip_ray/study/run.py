@@ -39,10 +39,11 @@ def run_study(study: Study) -> dict[str, Any] | None:
         if earlier is not None:
             check_same(earlier, cell.cfg, cell.folder)
     with opened(study), StopSignals(grace_s=0.0) as stop:                      # each run keeps to its own log.grace_s
+        done = {c.name: folder for c in cells if (folder := outcome(c)) is not None}
         for cell in cells:
-            if outcome(cell) == cell.folder:                                           # it ended when no driver looked
+            if done.get(cell.name) == cell.folder:                                     # it ended when no driver looked
                 keep(cell)
-        todo = [c for c in cells if outcome(c) is None]
+        todo = [c for c in cells if c.name not in done]
         todo = [c for c in todo if c.start is not None or any(other.start == c for other in todo)]       # a start that nobody waits for is not needed
         print(f"study {study.folder}: {len(cells)} runs, {len(todo)} to do", flush=True)
         others = others_kept(todo)

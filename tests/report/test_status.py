@@ -17,8 +17,8 @@ import pytest
 from modip_ray.report import MetricsLog
 from modip_ray.report.rundata import load_run
 from modip_ray.report.status import Role, facts_of, roles_of, status_text
-from modip_ray.runfolder import RunError
-from modip_ray.status_cli import gather, locked
+from modip_ray.runfolder import RunError, is_open
+from modip_ray.status_cli import gather
 from tests.e2e.test_run import ENV, ROOT, command, modip, start_and_wait
 from tests.fakes import small, write_data
 
@@ -153,11 +153,11 @@ def test_colours_are_only_ink(folder):
 
 
 def test_the_lock_says_whether_a_process_works_on_it(folder):
-    assert not locked(folder)
+    assert not is_open(folder)
     with open(folder / ".lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        assert locked(folder) and gather(folder)["state"] == "running" and gather(folder)["resume"] is None
-    assert not locked(folder) and gather(folder)["state"] == "stopped"
+        assert is_open(folder) and gather(folder)["state"] == "running" and gather(folder)["resume"] is None
+    assert not is_open(folder) and gather(folder)["state"] == "stopped"
     with open(folder / ".lock") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)                          # asking has left it free
 
