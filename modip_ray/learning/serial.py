@@ -38,7 +38,8 @@ class SerialSystem:
         agent = agent_of(cfg, setup.spec, device_of(cfg))
         self.learner = Learner(cfg, agent, cfg.seed)
         self.updater = Updater(cfg, self.learner, self.timers["learner"])
-        self.replay = restored_replay(cfg, setup.episodes, setup.checkpoint, setup.folder, exact=True)
+        serial = setup.checkpoint is None or setup.checkpoint.has(COLLECTION)      # else Ray's: what its replay acknowledged since stays
+        self.replay = restored_replay(cfg, setup.episodes, setup.checkpoint, setup.folder, exact=serial)
         self.bc = saved_bc(setup.checkpoint)
         if setup.checkpoint is not None:
             for stream in STREAMS:
@@ -102,13 +103,17 @@ class SerialSystem:
                          (cfg.seed, 0, self.taken), f"serial-{self.taken}", self.setup.hook, cfg.rollout.max_env_failures)
 
     def collection_state(self) -> State:
-        """Running episodes, open segments, and the planner's warm starts and generator."""
+        """Running episodes, open segments, and the planner's warm starts and generator; where nothing is collected yet, that a serial run was here."""
+        if self.collector is None:
+            return {"taken": np.array(self.taken)}
         warm = self.planner.warm
         table = warm.table[[warm.rows[i] for i in range(self.collector.group.num_envs)]] if warm.rows else warm.table[:0]
         return {**self.collector.state(), "taken": np.array(self.taken), "planner.rng": self.planner.rng.get_state().numpy(), "warm.plan": table.cpu().numpy()}
 
     def resume_collection(self, state: State) -> None:
         """Go on in the middle of the episodes; where an environment does not come out where it was, all begin new ones."""
+        if state.keys() == {"taken"}:
+            return
         self.collector = self.new_collector()
         try:
             self.collector.resume(state)
@@ -139,8 +144,7 @@ class SerialSystem:
         self.replay.save(folder)
         if self.bc is not None:
             write_state(folder, "bc", {"policy": self.bc})
-        if self.collector is not None:
-            write_state(folder, COLLECTION, self.collection_state())
+        write_state(folder, COLLECTION, self.collection_state())
         return {"env_steps": self.replay.env_steps, "updates": self.learner.updates, "policy_updates": self.learner.policy_updates}
 
     def request_evaluation(self, jobs: Sequence[Job]) -> bool:

@@ -26,12 +26,13 @@ class Uniform:
         return rng.uniform(-1, 1, (len(obs), self.action_dim)).astype(np.float32)
 
 
-def build(env: str, checkpoint: Checkpoint | None = None, factory=None) -> SerialSystem:
+def build(env: str, checkpoint: Checkpoint | None = None, factory=None, folder=None) -> SerialSystem:
     cfg = small(serial=True).replace({"online.env_steps": 250, "pretrain.updates": 20, "pretrain.policy_updates": 20, "rollout.segment_length": 16,
                                       "planner.n_action_steps": 2, **ENVS[env]})
     dim = 6 if env == "cheetah" else 2
     episodes = collect(Uniform(dim), env_factory(cfg.task), 200, cfg.task.max_episode_steps, seed=0)
-    return SerialSystem(Setup(cfg, build_spec(cfg, episodes, -np.ones(dim), np.ones(dim)), episodes, factory or env_factory(cfg.task), checkpoint=checkpoint))
+    return SerialSystem(Setup(cfg, build_spec(cfg, episodes, -np.ones(dim), np.ones(dim)), episodes, factory or env_factory(cfg.task), checkpoint=checkpoint,
+                              folder=folder))
 
 
 def advance(system: SerialSystem) -> Status:
@@ -93,4 +94,23 @@ def test_an_environment_that_is_no_function_of_its_seed_begins_new_episodes_and_
     again = build("point", saved(system, tmp_path), Drifting)
     status = advance(again)
     assert [line for line in status.incidents if "new episodes" in line and "does not come out where it was" in line]
+    assert finish(again)[-1].env_steps >= 250
+
+
+@pytest.mark.parametrize("ray", [False, True])
+def test_what_a_replay_acknowledged_under_ray_stays_where_the_run_goes_on_serially(tmp_path, ray):
+    system = build("point", folder=tmp_path)
+    while not system.replay.env_steps:
+        advance(system)
+    folder = begin(tmp_path / "checkpoints")
+    counts = system.save(folder)
+    if ray:
+        (folder / "collection.safetensors").unlink()                                # as RaySystem.save leaves it
+    commit(folder, counts, 1)
+    while system.replay.env_steps == counts["env_steps"]:
+        advance(system)
+    later = system.replay.env_steps
+    system.close()
+    again = build("point", newest(tmp_path / "checkpoints"), folder=tmp_path)
+    assert again.replay.env_steps == (later if ray else counts["env_steps"])
     assert finish(again)[-1].env_steps >= 250
