@@ -17,7 +17,7 @@ from modip_ray.learning.checkpoint import begin, best_score, commit, commit_best
 from modip_ray.learning.evaluation import MODES, Job, Outcome, joined, modes_of
 from modip_ray.learning.mirror import Mirroring
 from modip_ray.learning.plan_probe import summary as plan_summary
-from modip_ray.learning.system import Report, Status, System
+from modip_ray.learning.system import Report, Status, System, means
 from modip_ray.report.metrics import MetricsLog
 from modip_ray.report.progress import Progress
 from modip_ray.report.scores import number
@@ -165,15 +165,12 @@ class Session:
     # ---- rows --------------------------------------------------------------------------------------------------------------------------------
 
     def write_train_row(self) -> None:
-        metrics: dict[str, list[float]] = {}
-        for status in self.pending:
-            for key, value in status.metrics.items():
-                metrics.setdefault(key, []).append(value)
-            if status.returns:
-                metrics.setdefault("rollout/return", []).append(sum(status.returns) / len(status.returns))
+        metrics, returns = means(s.metrics for s in self.pending), [r for s in self.pending for r in s.returns]
         self.pending = []
-        self.log.write({"kind": "train", **self.position()} | {k: sum(v) / len(v) for k, v in metrics.items()})
-        self.distilled = next((sum(v) / len(v) for k, v in metrics.items() if k == "distill/share"), self.distilled)
+        if returns:
+            metrics["rollout/return"] = sum(returns) / len(returns)
+        self.log.write({"kind": "train", **self.position(), **metrics})
+        self.distilled = metrics.get("distill/share", self.distilled)
 
     distilled: float | None = None
 

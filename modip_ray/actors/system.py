@@ -28,7 +28,7 @@ from modip_ray.learning.checkpoint import write_state
 from modip_ray.learning.evaluation import Job, Outcome
 from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.live import LIVE, open_live
-from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status, saved_bc
+from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status, means, saved_bc
 from modip_ray.learning.weights import Newer
 from modip_ray.runfolder import RunError
 from modip_ray.timing import Timer, merge_snapshots
@@ -119,20 +119,19 @@ class RaySystem:
     # ---- training ----------------------------------------------------------------------------------------------------------------------------
 
     def advance(self, phase: Phase, seconds: float, until: int) -> Status:
-        deadline, metrics, done = time.monotonic() + seconds, {}, False
+        deadline, metrics, done = time.monotonic() + seconds, [], False
         while not done and time.monotonic() < deadline:
             if phase == "online":
                 self.collect()
             done = self.is_done(phase)
             if not done:
                 self.keep_learners_busy()
-                for report in self.learner_reports(max(0.0, min(SLICE_S / 2, deadline - time.monotonic()))):
-                    metrics |= report.metrics
+                metrics += [r.metrics for r in self.learner_reports(max(0.0, min(SLICE_S / 2, deadline - time.monotonic())))]
         self.supervisor.look()
         self.supervisor.progressed(self.env_steps, *self.counts.values())
         returns, incidents = self.pool_news()
         incidents += self.supervisor.take_incidents()
-        return Status(self.env_steps, self.counts["model"], self.counts["policy"], done, metrics, returns, incidents)
+        return Status(self.env_steps, self.counts["model"], self.counts["policy"], done, means(metrics), returns, incidents)
 
     def is_done(self, phase: Phase) -> bool:
         """All updates made that may be; online, all environment steps stored as well."""

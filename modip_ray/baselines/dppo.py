@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from modip_ray.baselines.dppo_policy import TunedPolicy, clip_range, gae, policy_loss
 from modip_ray.config import Config
 from modip_ray.learning import build
+from modip_ray.learning.adam import Adam
 from modip_ray.learning.checkpoint import Checkpoint, State, write_state
 from modip_ray.learning.evaluation import Job, Outcome, run_jobs
 from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status
@@ -111,8 +112,8 @@ class DPPOSystem:
         torch.manual_seed(cfg.seed)
         width = own.critic_width
         self.critic = nn.Sequential(nn.Linear(self.agent.obs_dim, width), ResidualMLP(width, 1), nn.SiLU(), nn.Linear(width, 1)).to(self.device)
-        self.actor_opt = torch.optim.Adam(self.policy.tuned.parameters(), lr=own.actor_lr, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=own.critic_lr, fused=True)
+        self.actor_opt = Adam(self.policy.tuned.parameters(), lr=own.actor_lr, fused=True)
+        self.critic_opt = Adam(self.critic.parameters(), lr=own.critic_lr, fused=True)
         self.rng = torch.Generator(self.device).manual_seed(cfg.seed)
         self.scale = RewardScale(own.num_envs, own.gamma)
         self.timers = {role: Timer() for role in ("driver", "evaluator")}

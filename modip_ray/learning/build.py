@@ -18,6 +18,7 @@ from modip_ray.model.agent import Agent
 from modip_ray.tasks.episode import Episode
 
 LEAST_SCALE = 1e-6
+RARE = -7.0                         # logit of a termination where the data hold none: one in a thousand, until online data say otherwise
 TAIL = 100                          # steps before a time limit whose returns are cut short
 
 
@@ -61,6 +62,8 @@ def fitted_agent(cfg: Config, data: Sequence[Episode | Path], action_low: np.nda
     value = value_samples(parts, terminates)
     agent.world_model.reward_scale.fill_(safe_scale(reward))
     agent.world_model.terminates.fill_(float(terminates))
+    if not terminates:
+        agent.world_model.heads.bias.data[1] = RARE
     agent.critic.shift.fill_(float(value.mean()))
     agent.critic.scale.fill_(safe_scale(value) if cfg.critic.unit == "std" else float(np.abs(value).max()) or 1.0)
     return agent

@@ -19,6 +19,7 @@ from modip_ray.baselines import dql
 from modip_ray.baselines.dsrl import SteeredPolicy
 from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
+from modip_ray.learning.adam import Adam
 from modip_ray.learning.distill import imitation_weights
 from modip_ray.learning.guard import UpdateGuard
 from modip_ray.learning.limiter import STREAMS, Stream, updates_per_step
@@ -78,9 +79,9 @@ class Learner:
         w = cfg.world_model
         encoder = list(agent.world_model.encoder.parameters())
         rest = [p for p in agent.world_model.parameters() if not any(p is e for e in encoder)] + list(agent.critic.parameters())
-        self.model_opt = torch.optim.Adam([{"params": encoder, "scale": w.encoder_lr_scale}, {"params": rest, "scale": 1.0}], lr=w.lr, fused=True)
-        self.value_opt = torch.optim.Adam([{"params": list(agent.critic.parameters()), "scale": 1.0}], lr=w.lr, fused=True)      # of V's further updates
-        self.policy_opt = torch.optim.Adam([{"params": list(self.policy.parameters()), "scale": 1.0}], lr=cfg.policy.lr, fused=True)
+        self.model_opt = Adam([{"params": encoder, "scale": w.encoder_lr_scale}, {"params": rest, "scale": 1.0}], lr=w.lr, fused=True)
+        self.value_opt = Adam([{"params": list(agent.critic.parameters()), "scale": 1.0}], lr=w.lr, fused=True)      # of V's further updates
+        self.policy_opt = Adam([{"params": list(self.policy.parameters()), "scale": 1.0}], lr=cfg.policy.lr, fused=True)
 
     def set_lr(self, progress: float, online: bool) -> None:
         """Cosine over a phase, progress 0..1: offline from lr to lr_final, online from online.lr_scale (or policy_lr_scale) of lr to lr_final_scale of that."""
@@ -93,9 +94,10 @@ class Learner:
 
     def update_model(self, batch: Mapping[str, np.ndarray]) -> Metrics:
         """One step of world model and critic on a batch of `ReplayBuffer.sequences`, then V's further ones, each on its part of the batch's rows."""
-        tensors = to_tensors(batch, self.device)
-        whole, *further = (dict(zip(tensors, part, strict=True)) for part in
-                           zip(*(v.chunk(self.cfg.critic.updates_per_update) for v in tensors.values()), strict=True))
+        tensors, parts = to_tensors(batch, self.device), self.cfg.critic.updates_per_update
+        whole, *further = ({name: v[i::parts] for name, v in tensors.items()} for i in range(parts))           # offline rows come first: each has its share
+        terminates = self.agent.world_model.terminates                              # 1 for good with the first row that terminates
+        terminates.copy_(torch.maximum(terminates, (whole["terminated"] * whole["mask"]).amax()))
         b = self.replicas.own_rows(whole) | {"all_mask": whole["mask"], "all_value_mask": whole["value_mask"]}
         loss, metrics = self.with_precision(self.model_loss, b | self.asked_of_policy(b) if asks_policy(self.cfg) else b)
         norm, skipped = self.step(self.model_opt, loss, metrics, self.guards["model"], self.updates, self.cfg.world_model.grad_clip)
@@ -115,7 +117,7 @@ class Learner:
         self.step(self.value_opt, loss, {}, self.value_guard, self.updates, self.cfg.world_model.grad_clip)
         ema_update(self.target_critic, self.agent.critic, self.cfg.critic.tau)
 
-    def step(self, opt: torch.optim.Adam, loss: Tensor, metrics: Metrics, guard: UpdateGuard, count: int, clip: float = math.inf) -> tuple[Tensor, Tensor]:
+    def step(self, opt: Adam, loss: Tensor, metrics: Metrics, guard: UpdateGuard, count: int, clip: float = math.inf) -> tuple[Tensor, Tensor]:
         """Backward pass and the optimiser's step, with the gradient norm limited to `clip`; the guard may say that there is none.
 
         Returns the norm () before that, and 1.0 where the step was skipped. As torch.amp.GradScaler does, both the divisor of the gradient and
@@ -162,8 +164,11 @@ class Learner:
         if asks_policy(cfg):
             total = self.total(b["all_value_mask"][:, :-1] * rho[:-1] * b["all_mask"])
             loss = loss + self.action_value_loss(b, latents[:, :-1], actions, y[:, :-1], value_mask[:, :-1] * mask, total)
+        seen = b["value_mask"] / b["value_mask"].sum()
+        mean = (y * seen).sum()
+        spread = ((y - mean).square() * seen).sum().sqrt()
         return loss, {"loss/consistency": consistency.detach(), "loss/reward": reward.detach(), "loss/termination": termination.detach(),
-                      "loss/value": value.detach(), "value/target_mean": y.mean(), "value/target_std": y.std()}
+                      "loss/value": value.detach(), "value/target_mean": mean, "value/target_std": spread}
 
     @torch.no_grad()
     def asked_of_policy(self, b: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,7 +254,7 @@ class Learner:
         both = model.encode(torch.cat([obs, self.agent.normalizer.obs(b["bootstrap_obs"])]))          # (2B, Dz)
         v, v_boot = target(both).mean(0).chunk(2)                                   # (B,), (B,)
         advantage = td_target(b["n_step_return"], b["discount"], v_boot) - v
-        return imitation_weights(self.cfg.distill, b["online"], b["gain"], advantage / advantage.std().clamp(min=1e-6))
+        return imitation_weights(self.cfg, b["online"], b["gain"], advantage / advantage.std().clamp(min=1e-6))
 
     def modules(self) -> dict[str, nn.Module]:
         """The trained parts by checkpoint name."""

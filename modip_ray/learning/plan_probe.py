@@ -108,7 +108,7 @@ class PlanProbe:
         scores = search.guarded_gain(members, members[..., : p.proposals].mean(-1))[:, :-1]
         no_elite = torch.ones_like(scores, dtype=torch.bool).scatter(1, scores.topk(min(p.elites, scores.shape[1])).indices, False)
         return {"plan_spread": spread[:, -1], "plan_spread_rejected": spread[:, :-1].where(no_elite, torch.nan).nanmean(1),
-                "plan_candidates_std": gain[..., :-1].mean(0).std(1), **distances(plan, scored[0][0])}
+                "plan_candidates_std": gain[..., :-1].mean(0).std(1), **distances(plan, scored[0][0][:, : p.proposals])}
 
 
 def distances(plan: Tensor, proposals: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict
@@ -19,6 +19,15 @@ from modip_ray.tasks.episode import Episode
 
 Phase = Literal["pretrain", "online"]
 Snapshot = dict[str, Any]
+
+
+def means(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Of each number over the rows that have it; of a count (guard/) the last one."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            found.setdefault(key, []).append(value)
+    return {key: values[-1] if key.startswith("guard/") else sum(values) / len(values) for key, values in found.items()}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class WorldModel(nn.Module):
         self.next_z = nn.Sequential(SimNormLinear(width, latent, simnorm_group))
         self.heads = nn.Linear(width, 2)                                            # reward, termination logit
         self.register_buffer("reward_scale", torch.ones(()))
-        self.register_buffer("terminates", torch.ones(()))                          # 0 where the data hold no termination: the head is untrained there
+        self.register_buffer("terminates", torch.ones(()))                          # 0 until there is data with a termination: the head is untrained
 
     def encode(self, obs: Tensor) -> Tensor:
         """(..., Do) normalised observations -> latents (..., Dz)."""

@@ -41,22 +41,27 @@ def elite_statistics(candidates: Tensor, scores: Tensor, n_elites: int, temperat
     return mean, std, elites, weights
 
 
-def mppi(score: Score, proposals: Tensor, proposal_scores: Tensor, warm: Tensor, has_warm: Tensor, noise: Tensor, *,
-         low: Tensor, high: Tensor, n_elites: int, temperature: float, std_min: float, std_max: Tensor, wide: bool = False) -> MPPIResult:
+def with_start(proposals: Tensor, warm: Tensor, has_warm: Tensor, low: Tensor, high: Tensor, wide: bool = False) -> Tensor:
+    """The proposals (B, P, H, Da) and, last, where a search starts: the previous plan, shifted by the executed actions, warm (B, H, Da), where has_warm (B,);
+    else the first proposal, or nil where `wide`. (B, P+1, H, Da)."""
+    start = torch.where(has_warm[:, None, None], warm, torch.zeros_like(warm) if wide else proposals[:, 0]).clamp(low, high)          # (B, H, Da)
+    return torch.cat([proposals, start[:, None]], 1)
+
+
+def mppi(score: Score, kept: Tensor, kept_scores: Tensor, noise: Tensor, *, low: Tensor, high: Tensor, n_elites: int, temperature: float, std_min: float,
+         std_max: Tensor, wide: bool = False) -> MPPIResult:
     """Refine a Gaussian over action sequences, starting from the policy's proposals and the previous plan.
 
-    proposals (B, P, H, Da) with their scores (B, P); warm (B, H, Da) the previous plan shifted by the executed actions, valid where has_warm (B,).
+    kept (B, P+1, H, Da) with their scores (B, P+1): from `with_start`.
     noise (B, I, G, H, Da): standard normal, for G Gaussian candidates in each of I iterations; nil of either is no refinement.
     low, high (B, H, Da): the trust region, which no candidate leaves.
-    wide: the first Gaussian candidates lie std_max around the previous plan, or nil where there is none (TD-MPC2); else around the proposals' elites.
-    The proposals are scored once and stay candidates in every round; only the G Gaussian candidates are new.
+    wide: the first Gaussian candidates lie std_max around the last of them (TD-MPC2); else around the elites.
+    They are scored once and stay candidates in every round; only the G Gaussian candidates are new.
     """
-    start = torch.where(has_warm[:, None, None], warm, torch.zeros_like(warm) if wide else proposals[:, 0]).clamp(low, high)          # (B, H, Da)
-    kept, kept_scores = torch.cat([proposals, start[:, None]], 1), torch.cat([proposal_scores, score(start[:, None])], 1)
     mean, std, elites, weights = elite_statistics(kept, kept_scores, min(n_elites, kept.shape[1]), temperature, std_min, std_max)
     rounds = noise.unbind(1) if noise.shape[2] else ()
     if wide and rounds:
-        mean, std = start, std_max.reshape(-1, 1, 1).expand_as(start)
+        mean, std = kept[:, -1], std_max.reshape(-1, 1, 1).expand_as(std)
     for drawn in rounds:                                                            # (B, G, H, Da)
         gaussian = (mean[:, None] + std[:, None] * drawn).clamp(low[:, None], high[:, None])
         candidates = torch.cat([kept, gaussian], 1)                                 # (B, N, H, Da)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modip_ray.config import Config
 from modip_ray.model.agent import Agent
-from modip_ray.planning.mppi import mppi
+from modip_ray.planning.mppi import mppi, with_start
 
 
 class Noise(NamedTuple):
@@ -52,19 +52,19 @@ class Search:
         std_max, trust = limits.unbind()
         proposals = self.agent.propose(s, noise.start, p.proposal_steps)[:, :, : p.horizon]      # (B, P, H, Da)
         z = self.agent.world_model.encode(s)                                        # (B, Dz)
-        members = self.returns(z, proposals)                                        # (E, B, P)
-        reference = members.mean(-1)                                                # (E, B) what the policy would get, by each member
         low, high = (proposals.amin(1) - trust).clamp(min=-1), (proposals.amax(1) + trust).clamp(max=1)       # (B, H, Da)
-        result = mppi(lambda a: self.guarded_gain(self.returns(z, a), reference), proposals, self.guarded_gain(members, reference),
-                      warm, has_warm, noise.gaussian, low=low, high=high, n_elites=p.elites, temperature=p.temperature,
-                      std_min=p.std_min, std_max=std_max, wide=p.first_round == "wide")
+        kept = with_start(proposals, warm, has_warm, low, high, wide := p.first_round == "wide")              # (B, P+1, H, Da)
+        members = self.returns(z, kept)                                             # (E, B, P+1)
+        reference = members[..., : p.proposals].mean(-1)                            # (E, B) what the policy would get, by each member
+        result = mppi(lambda a: self.guarded_gain(self.returns(z, a), reference), kept, self.guarded_gain(members, reference), noise.gaussian,
+                      low=low, high=high, n_elites=p.elites, temperature=p.temperature, std_min=p.std_min, std_max=std_max, wide=wide)
         return self.judged(z, result.mean, result.std, proposals, reference)
 
     def judged(self, z: Tensor, plan: Tensor, std: Tensor, proposals: Tensor, reference: Tensor) -> Found:
         """The refined plan (B, H, Da), or the first of the proposals (B, P, H, Da) where its gain over `reference` (E, B) does not pass the guard."""
         gain = self.guarded_gain(self.returns(z, plan[:, None]), reference)[:, 0]   # (B,)
         gain = torch.where(gain.isfinite(), gain, torch.nan)                        # nothing that can be called a plan, as gains in replay have it
-        accepted = gain > self.cfg.guard.min_gain                                   # the guard: else act as the policy would
+        accepted = gain > self.cfg.guard.min_gain                                   # the guard: else the policy's own, of planner.proposal_steps
         return Found(torch.where(accepted[:, None, None], plan, proposals[:, 0]), std, gain, accepted)
 
     def returns(self, z: Tensor, actions: Tensor) -> Tensor:

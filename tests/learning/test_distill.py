@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from modip_ray.config import Distill, load
+from modip_ray.config import Config, load
 from modip_ray.learning.distill import imitation_weights
 
 NAN = float("nan")
@@ -12,8 +12,13 @@ GAIN = torch.tensor([NAN, -5.0, 2.0, 0.1, NAN])
 ADVANTAGE = torch.tensor([1.0, -1.0, 0.0, 0.6, 9.0])
 
 
-def settings(**changes) -> Distill:
-    return load(overrides=[f"distill.{k}={v}" for k, v in changes.items()]).distill
+def settings(executed=-1e9, **changes) -> Config:
+    return load(overrides=[f"guard.min_gain={executed}", *(f"distill.{k}={v}" for k, v in changes.items())])
+
+
+def test_predicted_leaves_out_plans_that_were_not_executed():
+    assert weights(rule="predicted", min_gain=0.05, executed=0.2).tolist() == [1, 1, 1, 0, 0]
+    assert weights(rule="predicted", min_gain=3.0, executed=0.2).tolist() == [1, 1, 0, 0, 0]
 
 
 def weights(**changes):

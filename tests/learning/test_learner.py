@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 from modip_ray.config import load
 from modip_ray.learning.learner import Learner
@@ -102,8 +101,9 @@ def test_targets_with_termination_and_time_limit_by_hand(terminated, n, expected
     buffer.add(Segment(np.zeros((4, 2), np.float32), np.zeros((3, 2), np.float32), np.array([1, 2, 4], np.float32), terminated))
     constant_critic(learner.target_critic, 10.0)
     out = learner.update_model(buffer.sequences(np.arange(3), 1, n))
-    first, second, third = expected                                 # each start and its next, the last one padded
-    assert float(out["value/target_mean"]) == pytest.approx(np.mean([first, second, second, third, third, third]), rel=1e-5)
+    first, second, third = expected                                 # each start and its next; the last one has none
+    assert float(out["value/target_mean"]) == pytest.approx(np.mean(seen := [first, second, second, third, third]), rel=1e-5)
+    assert float(out["value/target_std"]) == pytest.approx(np.std(seen), rel=1e-5)
 
 
 def test_values_converge_to_the_discounted_return():
@@ -117,6 +117,16 @@ def test_values_converge_to_the_discounted_return():
         with torch.no_grad():
             z = learner.agent.world_model.encode(learner.agent.normalizer.obs(torch.zeros(1, 2)))
             torch.testing.assert_close(learner.agent.critic(z), torch.full((2, 1), value), atol=0.1, rtol=0)
+
+
+def test_every_part_of_a_batch_has_its_share_of_online_rows():
+    """MixedReplay puts offline rows first: of four parts in a row, the one that trains the world model would have no online row."""
+    learner, seen = make_learner("critic.updates_per_update=4"), []
+    learner.update_value = seen.append
+    loss = learner.model_loss
+    learner.model_loss = lambda b: (seen.append(b), loss(b))[1]
+    learner.update_model(MixedReplay(linear_system(1), linear_system(2, terminated=True), 0, False).sequences(64, 3, 1000, 0.25))
+    assert [int((part["discount"][:, 0] == 0).sum()) for part in seen] == [4, 4, 4, 4]                # all returns of the online part end in a termination
 
 
 def test_further_updates_of_v_bring_it_nearer_and_leave_the_world_model_alone():
@@ -229,15 +239,14 @@ def test_the_same_seed_updates_the_same_bit_for_bit():
 
 
 def test_no_termination_loss_where_the_data_hold_none():
-    batch = draw(linear_system(1, terminated=True), np.random.default_rng(0))
-
-    def moved(terminates):
+    def moved(terminates, terminated=False):
         learner = make_learner()
         learner.agent.world_model.terminates.fill_(terminates)
         before = learner.agent.world_model.heads.weight.detach().clone()
-        learner.update_model(batch)
+        learner.update_model(draw(linear_system(1, terminated=terminated), np.random.default_rng(0)))
         return (learner.agent.world_model.heads.weight.detach() - before).abs().amax(1)
     assert moved(1.0)[1] > 0 and moved(0.0)[1] == 0 and moved(0.0)[0] > 0               # rows: reward, termination
+    assert moved(0.0, terminated=True)[1] > 0                                           # the first one, of online data, turns the head on
 
 
 def test_realised_advantages_by_hand():
@@ -271,6 +280,7 @@ def compiling() -> list[threading.Thread]:
 
 def test_updates_are_made_at_once_and_go_on_compiled_when_that_is_ready():
     """Eight updates, half of them before the compiler is done: the weights are those of a learner that never compiles, within rounding."""
+    from torch._dynamo.utils import counters  # here: it takes seconds, and a learner without a compiler needs it nowhere
     short = ("world_model.horizon=1", "planner.horizon=1")                         # a small graph
     learner = make_learner(*short, "resources.compile=true", compiler=compiled_beside)
     plain, buffer, rng = make_learner(*short), linear_system(1), np.random.default_rng(0)

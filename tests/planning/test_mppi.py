@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from modip_ray.planning.mppi import elite_statistics, mppi
+from modip_ray.planning.mppi import elite_statistics, mppi, with_start
 
 TARGET = torch.tensor([[0.5, -0.3], [0.1, 0.7], [-0.6, 0.0]])       # (H, Da)
 
@@ -18,9 +18,9 @@ def run(proposals, warm=None, has_warm=None, box=1.0, seed=0, **settings):
     generator = torch.Generator().manual_seed(seed)
     settings = {"iterations": 20, "n_gaussian": 128, "n_elites": 16, "temperature": 1.0, "std_min": 0.05, "std_max": torch.tensor(0.5), **settings}
     noise = torch.randn(b, settings.pop("iterations"), settings.pop("n_gaussian"), h, da, generator=generator)
-    return mppi(quadratic, proposals, quadratic(proposals), torch.zeros(b, h, da) if warm is None else warm,
-                torch.zeros(b, dtype=torch.bool) if has_warm is None else has_warm, noise, low=torch.full((b, h, da), -box), high=torch.full((b, h, da), box),
-                **settings)
+    low, high = torch.full((b, h, da), -box), torch.full((b, h, da), box)
+    kept = with_start(proposals, torch.zeros(b, h, da) if warm is None else warm, torch.zeros(b, dtype=torch.bool) if has_warm is None else has_warm, low, high)
+    return mppi(quadratic, kept, quadratic(kept), noise, low=low, high=high, **settings)
 
 
 def error(result):
@@ -99,11 +99,12 @@ def test_a_wide_first_round_is_drawn_around_the_last_plan_or_nil_with_the_larges
 
     def search(wide):
         seen.clear()
-        return mppi(score, proposals, quadratic(proposals), warm, torch.tensor([True, False]), noise, low=-torch.ones(2, 3, 2), high=torch.ones(2, 3, 2),
-                    n_elites=8, temperature=1.0, std_min=0.01, std_max=torch.tensor(0.5), wide=wide)
+        kept = with_start(proposals, warm, torch.tensor([True, False]), low := -torch.ones(2, 3, 2), high := torch.ones(2, 3, 2), wide)
+        seen.append(kept)
+        return mppi(score, kept, quadratic(kept), noise, low=low, high=high, n_elites=8, temperature=1.0, std_min=0.01, std_max=torch.tensor(0.5), wide=wide)
     found = search(True)
     start = torch.stack([warm[0], torch.zeros(3, 2)])[:, None]
-    torch.testing.assert_close(seen[0], start)                      # and it is a candidate itself
+    torch.testing.assert_close(seen[0], torch.cat([proposals, start], 1))                             # it is a candidate itself
     torch.testing.assert_close(seen[1], (start + 0.5 * noise[:, 0]).clamp(-1, 1))
     assert not torch.allclose(seen[2], (start + 0.5 * noise[:, 1]).clamp(-1, 1), atol=0.05)           # the second round is around the elites
     assert (error(found)[1] < error(search(False))[1] - 0.1).all()  # equal proposals, far away, have no spread to search with
@@ -127,18 +128,17 @@ def test_nothing_leaves_the_trust_region():
     assert far.mean.abs().max() > 0.4                               # the box is what held it back
 
 
-def test_proposals_are_scored_once():
+def test_what_is_kept_is_scored_once():
     calls = []
 
     def score(actions):
         calls.append(actions.shape[1])
         return quadratic(actions)
 
-    proposals = torch.zeros(1, 8, 3, 2)
+    kept = torch.zeros(1, 9, 3, 2)
     box = torch.ones(1, 3, 2)
-    mppi(score, proposals, quadratic(proposals), torch.zeros(1, 3, 2), torch.zeros(1, dtype=torch.bool),
-         torch.randn(1, 3, 20, 3, 2), low=-box, high=box, n_elites=4, temperature=1.0, std_min=0.05, std_max=torch.tensor(0.5))
-    assert calls == [1, 20, 20, 20]
+    mppi(score, kept, quadratic(kept), torch.randn(1, 3, 20, 3, 2), low=-box, high=box, n_elites=4, temperature=1.0, std_min=0.05, std_max=torch.tensor(0.5))
+    assert calls == [20, 20, 20]
 
 
 def test_rows_do_not_mix():
