@@ -394,8 +394,8 @@ def find_config(name: str | Path) -> Path:
     for path in (Path(name), config_dir() / name, config_dir() / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = sorted(p.stem for p in config_dir().glob("*.yaml"))
-    raise ConfigError(f"no configuration {shown(str(name))}: not a file, and {config_dir()} holds {', '.join(known)}")
+    known = sorted(str(p.relative_to(config_dir()).with_suffix("")) for p in [*config_dir().glob("*.yaml"), *config_dir().glob("cluster/*.yaml")])
+    raise ConfigError(f"no configuration {shown(str(name))}{nearest(str(name), known)}: not a file, and {config_dir()} holds {', '.join(known)}")
 
 
 def task_tree(name: str) -> dict[str, Any]:

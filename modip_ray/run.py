@@ -47,6 +47,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
         summary = folder.finished_summary()
         if summary is not None:
             print(final_table(summary))
+            print("this run has ended; a larger online.env_steps goes on with it")
             return summary
         session = Session(cfg, folder, stop)
         try:

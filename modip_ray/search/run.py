@@ -21,7 +21,7 @@ from modip_ray.actors.cluster import Cluster, environment, nodes
 from modip_ray.actors.placement import Demand, missing
 from modip_ray.config import Config, ConfigError
 from modip_ray.learning.checkpoint import write_synced
-from modip_ray.runfolder import RunError
+from modip_ray.runfolder import RunError, command_line
 from modip_ray.search import report
 from modip_ray.search.report import TRIALS, TrialResult, read_rows, trial_number
 from modip_ray.search.settings import differing, trial_settings
@@ -69,7 +69,7 @@ def run_search(search: Search) -> dict[str, Any] | None:
                 grid = tuner.fit()
         ended = [t.is_finished() for t in tune.ExperimentAnalysis(str(folder / TRIALS)).trials]     # results say "done" only where nothing came between
         if not all(ended) or len(ended) < drawn(search):
-            print(f"stopped; the same command goes on: modip tune ... out={search.out}")
+            print(f"stopped; the same command goes on: {command_line()}")
             return None
         trials = [trial_result(search, grid[i]) for i in range(len(grid))]
         found = report.summary(search, trials, time.monotonic() - begun)

@@ -15,7 +15,7 @@ from typing import Any
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.learning.evaluation import modes_of
 from modip_ray.report.scores import duration, number
-from modip_ray.runfolder import RunError, check_same, is_open, read_summary, saved_config_tree
+from modip_ray.runfolder import RunError, check_same, command_line, is_open, read_summary, saved_config_tree
 from modip_ray.session import StopSignals
 from modip_ray.study.kept import keep, others_kept, outcome
 from modip_ray.study.spec import Cell, Study
@@ -52,7 +52,7 @@ def run_study(study: Study) -> dict[str, Any] | None:
         failed = run_cells(todo, study.at_once, stop)
         found = write_results(study)
         if stop.asked:
-            print(f"stopped; the same command goes on: modip study ... out={study.out}")
+            print(f"stopped; the same command goes on: {command_line()}")
             return None
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} runs failed: {', '.join(c.name for c in failed)}; see their log.txt (the same command tries them again)")
@@ -122,7 +122,7 @@ def note(one: Running, stopped: bool) -> bool:
         scores = read_summary(one.cell.folder)["scores"]
         shown = ", ".join(f"{mode} {number(scores[mode]['mean'])}" for mode in modes_of(one.cell.cfg))
         print(f"{head} done in {took}: {shown}", flush=True)
-    elif stopped and one.process.returncode == 0:
+    elif stopped and one.process.returncode in (0, -signal.SIGTERM):        # the latter: it had not come to listen for it
         print(f"{head} stopped after {took}", flush=True)
     else:
         lines = (one.cell.folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["(nothing was printed)"]

@@ -141,7 +141,7 @@ def _check_actions(path: Path, actions: np.ndarray, action_range: tuple[float, f
     if len(wrong):
         row, column = wrong[0].tolist()
         raise DataError(f"{path}: actions[{row}, {column}] is {actions[row, column]:g}; expected actions in [{low:g}, {high:g}], "
-                        f"and {len(wrong)} values lie outside (action_range sets another range)")
+                        f"those of the task's environment, and {len(wrong)} values lie outside; are these data of another one (task.env)?")
 
 
 def _time_limits(terminals: np.ndarray, max_episode_steps: int) -> np.ndarray:

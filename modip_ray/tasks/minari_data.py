@@ -161,6 +161,8 @@ def _download(minari: ModuleType, dataset_id: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, Exception):
             raise
+        if isinstance(error, ImportError):
+            raise DataError(f"minari:{dataset_id}: downloads need a package that is missing ({error})") from error
         raise DataError(f"minari:{dataset_id}: cannot be downloaded ({type(error).__name__}: {error}). Where there is no network, run 'minari download "
                         f"{dataset_id}' on another machine and copy the folder to {folder}. Here it {_absent(minari, dataset_id)}") from error
 

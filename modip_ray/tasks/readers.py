@@ -49,7 +49,7 @@ def source_path(source: str | Path, progress: Progress | None = None) -> Path:
     if str(source) in catalogue():
         return fetch(str(source), progress)
     if path.is_absolute() or path.suffix in SUFFIXES or str(source).startswith(("./", "../", "~")):
-        raise DataError(f"{source}: no such file")
+        raise DataError(f"{source}: no such file (data.source is a file, a name of 'modip data list', minari:<id>, or demonstrator)")
     raise DataError(f"{source!r} is no file, and {not_found(str(source))}; a Minari dataset is named minari:<id>")
 
 

@@ -218,6 +218,14 @@ def test_a_download_that_fails_leaves_nothing(folder, monkeypatch):
     assert not (folder / ID).exists()
 
 
+def test_a_download_without_its_package(folder, monkeypatch):
+    def download(dataset_id):
+        raise ImportError('huggingface_hub is not installed. Please install it using `pip install "minari[hf]"`')
+    monkeypatch.setattr(minari, "download_dataset", download)
+    with pytest.raises(DataError, match=r"downloads need a package that is missing \(huggingface_hub is not installed"):
+        read_minari(ID, download=True)
+
+
 def test_a_download_that_succeeds(episodes, monkeypatch):
     monkeypatch.setattr(minari, "download_dataset", lambda dataset_id: write_minari(dataset_id, episodes))
     assert read_minari(ID, download=True).transitions == 16
