@@ -6,6 +6,7 @@ default.yaml <- configs/tasks/<task>.yaml <- --config files <- dotted overrides,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -15,6 +16,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -350,7 +352,7 @@ def task_names() -> list[str]:
 
 def load(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Settings from the defaults, an optional YAML file and dotted overrides such as ``planner.horizon=4`` or ``task=hopper-medium``."""
-    tree = read_yaml(config_dir() / "default.yaml")
+    tree = copy.deepcopy(defaults())
     layers: list[tuple[str, Any]] = []
     file_tree = read_yaml(find_config(config)) if config is not None else {}
     task = file_tree.pop("task", None) if isinstance(file_tree.get("task"), str) else None
@@ -437,6 +439,11 @@ def yaml_problem(error: Exception) -> str:
     """One line of what YAML says in several."""
     problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
     return (problem or first_line(error)) + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else "")
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    return read_yaml(config_dir() / "default.yaml")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

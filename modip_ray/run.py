@@ -20,7 +20,6 @@ from modip_ray.learning.evaluation import Job, Outcome, jobs_for, modes_of
 from modip_ray.learning.offline_data import load_data, rolls_out, source_label
 from modip_ray.learning.offline_rows import write_rows
 from modip_ray.learning.system import Setup, System
-from modip_ray.report.page import write_report
 from modip_ray.report.scores import final_table
 from modip_ray.runfolder import RoleLost, RunFolder, command_line, disk_errors, git_commit, machine, versions
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
@@ -62,6 +61,7 @@ def train(cfg: Config, env_factory: EnvFactory | None = None, segment_hook: Segm
             online(session, system)
             summary = evaluate(session, system)
             folder.write_summary(summary)
+            from modip_ray.report.page import write_report  # matplotlib, which a run that is stopped has no need of
             session.progress.say(f"report: {write_report([folder.path])}")
         except Stopped:
             session.stopped()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import json
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
-from modip_ray.config import Config, ConfigError, build, config_dir, merge, read_yaml
+from modip_ray.config import Config, ConfigError, build, defaults, merge, read_yaml
 from modip_ray.config_rules import shown
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, best, newest, write_synced
 from modip_ray.learning.mirror import Mirror
@@ -185,7 +186,7 @@ def saved_config(path: Path) -> Config:
 
 def with_defaults(saved: dict, path: Path) -> dict:
     """A saved tree, with the defaults of settings that did not exist when it was saved."""
-    tree = read_yaml(config_dir() / "default.yaml")
+    tree = copy.deepcopy(defaults())
     merge(tree, saved, str(path / "config.yaml"))
     return tree
 

@@ -12,10 +12,17 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+#: The longest files, longest first (pytest --durations=0 says which they are).
+FIRST = ("test_tune_search.py", "actors/test_faults.py", "test_jobs.py", "actors/test_elastic.py", "e2e/test_run.py", "actors/test_ranks.py", "test_tune.py",
+         "actors/test_metrics.py", "cluster/test_local.py", "e2e/test_signals.py", "actors/test_system.py", "test_export.py", "test_serve.py",
+         "baselines/test_dppo.py", "study/test_study.py", "test_bench.py", "report/test_status.py", "learning/test_learner.py", "model/test_hardware.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Files that start Ray come first: they take longest, and those of milliseconds fill the gaps of the last (pytest-xdist hands out files in this order)."""
-    slow = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Long files come first, then others that start Ray; those of milliseconds fill the gaps of the last (pytest-xdist hands out files in this order)."""
+    here, ray = Path(__file__).parent, {item.path for item in items if item.get_closest_marker("ray")}
+    at = {here / name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: (at.get(item.path, len(at)), item.path not in ray))
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,8 @@ def test_commands_can_be_typed(text, page, capsys):
             continue                                                                # its arguments are bench.py's
         if "--help" not in words and not any(re.match(r"[\[{]", w) for w in words[1:]):
             try:
-                cli.parser().parse_known_args(words)
+                rest = cli.parser().parse_known_args(words)[1]
+                assert all("=" in word and not word.startswith("-") for word in rest), f"{page.name}: modip {' '.join(words)}: {rest}"
             except SystemExit:
                 pytest.fail(f"{page.name}: modip {' '.join(words)}: {capsys.readouterr().err.splitlines()[-1]}")
         if words[0] in ("train", "submit", "eval"):

@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from modip_ray.config import ConfigError
 from tests.fakes import small
-
-pytest.importorskip("ray")
 
 
 def free_port() -> int:
@@ -64,7 +63,6 @@ def test_folders_of_drivers_that_are_gone_are_removed_and_others_stay():
 @pytest.mark.ray
 def test_nothing_of_a_private_ray_listens_beyond_this_machine():
     import psutil
-    import ray
 
     from modip_ray.actors.cluster import Cluster
     cluster = Cluster(small(resources__placement={}))

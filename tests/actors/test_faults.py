@@ -18,7 +18,6 @@ from modip_ray.learning.system import Setup
 from modip_ray.tasks.collect import collect
 from tests.fakes import STEPS, Noisy, PointEnv, small
 
-ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
 PATIENCE_S = 60.0
 ROLES = {"planner": "the planner", "learner_model": "the model learner", "learner_policy": "the policy learner", "replay": "the replay",

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
 
 from modip_ray.actors.metrics import MEANINGS, RaySink, Sample, markdown, samples
 from modip_ray.report.metrics import read_metrics
@@ -17,7 +18,6 @@ from modip_ray.run import train
 from tests.fakes import PointEnv, small, write_data
 from tests.private_ray import private_ray
 
-ray = pytest.importorskip("ray")
 ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(r"ray_(modip_\w+)\{(.*)\} (\S+)")
 Page = dict[tuple[str, frozenset], float]
@@ -62,7 +62,7 @@ def watched(tmp_path_factory):
         scraper = Scraper()
         scraper.start()
         try:
-            cfg = small(folder, write_data(folder.parent / "data.hdf5"), online__env_steps=1500, eval__every_steps=300, log__checkpoint_every_s=1.0)
+            cfg = small(folder, write_data(folder.parent / "data.hdf5"), online__env_steps=900, eval__every_steps=300, log__checkpoint_every_s=1.0)
             train(cfg, PointEnv)
         finally:
             scraper.over.set()
@@ -81,7 +81,7 @@ def series(rows: list[dict]) -> set[tuple[str, frozenset]]:
 def test_the_endpoint_shows_every_number_of_the_run(watched):
     rows, scraper = watched
     assert scraper.scrapes > 3
-    asked = max(i for i, row in enumerate(rows) if row["kind"] == "eval" and row["env_steps"] < 1500)
+    asked = max(i for i, row in enumerate(rows) if row["kind"] == "eval" and row["env_steps"] < 900)
     expected = series(rows[:asked])                                                 # later rows may come too near the end to be read
     missing = expected - scraper.seen.keys()
     assert not missing and len(expected) > 40, sorted(map(str, missing))

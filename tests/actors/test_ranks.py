@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import ray
 
 from modip_ray.config import ConfigError
 from modip_ray.learning.build import build_spec
@@ -15,7 +16,6 @@ from modip_ray.learning.system import Setup
 from modip_ray.tasks.collect import collect
 from tests.fakes import STEPS, Noisy, PointEnv, small
 
-ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
 PATIENCE_S = 90.0
 OFFLINE = 20

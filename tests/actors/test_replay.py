@@ -6,12 +6,12 @@ import time
 
 import numpy as np
 import pytest
+import ray
 
 from modip_ray.learning.checkpoint import begin, commit, write_state
 from tests.learning.test_replay_server import EPISODES, config, segment
 from tests.private_ray import private_ray
 
-ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
 
 

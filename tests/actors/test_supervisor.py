@@ -8,8 +8,6 @@ from modip_ray.config import load
 from modip_ray.runfolder import RoleLost
 from modip_ray.timing import Timer
 
-ray = pytest.importorskip("ray")
-
 
 def pulse(incarnation="a", waits=None, doing=None, pid=7, note=""):
     return Pulse(incarnation, pid, 100.0, 3, waits or {}, doing or {}, note)

@@ -5,10 +5,12 @@ import dataclasses
 import os
 import signal
 import time
+from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from modip_ray.config import ConfigError
@@ -25,9 +27,8 @@ from modip_ray.tasks.envs import EnvError
 from tests.fakes import STEPS, Noisy, PointEnv, small
 from tests.private_ray import private_ray
 
-ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
-STEPS_ONLINE = 3000          # so many that a killed worker is replaced before they are over, on a fast machine too
+STEPS_ONLINE = 1000
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +37,18 @@ def cluster():
         yield
 
 
-def setup(**dotted) -> Setup:
+def setup(gate=Path("/"), **dotted) -> Setup:
     cfg = small(**{"pretrain__updates": 20, "pretrain__policy_updates": 20, "online__env_steps": STEPS_ONLINE, **dotted})
     episodes = collect(Noisy(), PointEnv, 600, STEPS, seed=0, num_envs=4)
-    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, local_env_class())
+    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, local_env_class(gate))
 
 
-def local_env_class():
-    """A class that no other process can import, like one of a notebook: it must travel with cloudpickle."""
+def local_env_class(gate):
+    """A class that no other process can import, like one of a notebook: it must travel with cloudpickle. It is slow until the file `gate` is there."""
     class Local(PointEnv):
-        pass
+        def step(self, action):
+            time.sleep(0 if gate.exists() else 0.05)
+            return super().step(action)
     return Local
 
 
@@ -75,10 +78,11 @@ def error_of_an_environment(system) -> EnvError:
 
 
 @pytest.fixture(scope="module")
-def run(cluster):
+def run(cluster, tmp_path_factory):
     """A whole small run on Ray with the planner on a declared GPU, in the course of which a rollout worker is killed."""
     from modip_ray.actors.system import RaySystem
-    s = setup(resources__planner_gpus=0.5, planner__weights_every_s=0.05)
+    gate = tmp_path_factory.mktemp("gate") / "open"                                 # once the killed worker is replaced
+    s = setup(gate, resources__planner_gpus=0.5, planner__weights_every_s=0.05)
     system = RaySystem(s)
     pretrained, _ = finish(system, "pretrain")
     system.freeze_bc()
@@ -90,7 +94,12 @@ def run(cluster):
         system.advance("online", 0.3, until=10**9)
     facts["processes"] = system.processes()
     os.kill(facts["processes"]["rollout"][0], signal.SIGKILL)
-    facts["online"], facts["incidents"] = finish(system, "online")
+    incidents = []
+    while not any("rollout worker 0 joined" in line for line in incidents):
+        incidents += system.advance("online", 0.3, until=10**9).incidents
+    gate.touch()
+    facts["online"], rest = finish(system, "online")
+    facts["incidents"] = incidents + rest
     facts["planner"] = ray.get(system.planners[0].status.remote())
     facts["gauges"] = system.gauges()
     facts["final"] = {s: ray.get(learner.weights.remote()) for s, learner in system.learners.items()}
@@ -183,7 +192,7 @@ def test_the_planner_was_scheduled_on_the_declared_gpu_batched_and_got_new_weigh
     planner = run["planner"]
     assert planner["device"] == "cpu" or torch.cuda.is_available()
     batches, rows, requests, waited = planner["totals"]
-    assert 0 < batches <= requests and rows >= STEPS_ONLINE and waited > 0
+    assert 0 < batches < requests and rows >= STEPS_ONLINE and waited > 0
     assert planner["versions"]["model"] > 20, "weights from the online phase"
 
 

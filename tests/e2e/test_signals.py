@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM by real signals at every moment of a run: saved in time, exit 0, the line that resumes, nothing left behind."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -30,6 +31,39 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data") / "data.hdf5")
 
 
+class Forked:
+    """What Popen would be, forked from a process that has imported torch already: that takes most of the time of a tiny run."""
+
+    server = multiprocessing.get_context("forkserver")
+
+    def __init__(self, code: str, words: list[str], log: Path):
+        self.server.set_forkserver_preload(["modip_ray.run", "modip_ray.learning.serial"])
+        self.process = self.server.Process(target=command, args=(code, words, log))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def command(code: str, words: list[str], log: Path) -> None:
+    """In the forked process: `python -c code words...`, in a process group of its own."""
+    os.setsid()
+    os.chdir(ROOT)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["-c", *words]
+    exec(code, {"__name__": "__main__"})
+
+
 class Run:
     """A run of the normal command, in a process group of its own as a shell would have it."""
 
@@ -38,8 +72,12 @@ class Run:
         self.settings = {**SMALL, "run_dir": str(self.folder), "data.source": str(data), "serial": True, **settings}
         self.shm = shared_memory()
         code = before + "\nfrom modip_ray.cli import main\nmain()"
-        args = [sys.executable, "-c", code, "train", *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in self.settings.items())]
-        self.process = subprocess.Popen(args, cwd=ROOT, env=ENV, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+        words = ["train", *(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in self.settings.items())]
+        if self.settings["serial"]:
+            self.process = Forked(code, words, self.log)
+        else:
+            self.process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, env=ENV, stdout=self.log.open("w"), stderr=subprocess.STDOUT,
+                                            start_new_session=True)
         self.children: dict[int, psutil.Process] = {}
 
     def until(self, ready: Callable[[], bool]) -> None:

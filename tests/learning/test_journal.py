@@ -1,7 +1,6 @@
 """The journal on a real disk: processes killed in the middle of a write, damaged bytes, a disk that is full."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -202,5 +201,6 @@ def test_open_files_do_not_pile_up(tmp_path):
         journal.append([Record(1, bytes([n]))])
         journal.rotate()
         journal.sync()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2           # the part that is written, and the lock
     journal.close()
-    assert len(os.listdir("/proc/self/fd")) == before <= resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert len(os.listdir("/proc/self/fd")) == before
