@@ -164,7 +164,7 @@ class Learner:
         if asks_policy(cfg):
             total = self.total(b["all_value_mask"][:, :-1] * rho[:-1] * b["all_mask"])
             loss = loss + self.action_value_loss(b, latents[:, :-1], actions, y[:, :-1], value_mask[:, :-1] * mask, total)
-        seen = b["value_mask"] / b["value_mask"].sum()
+        seen = b["value_mask"] / self.total(b["all_value_mask"])
         mean = (y * seen).sum()
         spread = ((y - mean).square() * seen).sum().sqrt()
         return loss, {"loss/consistency": consistency.detach(), "loss/reward": reward.detach(), "loss/termination": termination.detach(),

@@ -79,7 +79,7 @@ def test_all_candidates_of_a_search_are_kept_and_its_plan_is_the_same(agent):
     search, scored = watched(planner.search)
     with torch.inference_mode():
         assert torch.equal(search(*arguments).plan, planner.search(*arguments).plan)
-    assert [a.shape[1] for a, _ in scored] == [p.proposals, 1, *([p.gaussian] * p.iterations), 1]
+    assert [a.shape[1] for a, _ in scored] == [p.proposals + 1, *([p.gaussian] * p.iterations), 1]
 
 
 def test_distances_by_hand():

@@ -267,7 +267,7 @@ def test_a_real_study_is_stopped_and_goes_on(tmp_path, monkeypatch):
             break
     first.send_signal(signal.SIGINT)
     said = first.communicate(timeout=120)[0]
-    assert first.returncode == 0 and f"the same command goes on: modip study {file}" in said
+    assert first.returncode == 0 and f"the same command goes on: python -m modip_ray study {file}" in said
     second = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"{TASK}/start/seed_0 done" not in second.stdout                         # it had been done
