@@ -352,7 +352,7 @@ def task_names() -> list[str]:
 
 def load(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Settings from the defaults, an optional YAML file and dotted overrides such as ``planner.horizon=4`` or ``task=hopper-medium``."""
-    tree = copy.deepcopy(defaults())
+    tree = defaults()
     layers: list[tuple[str, Any]] = []
     file_tree = read_yaml(find_config(config)) if config is not None else {}
     task = file_tree.pop("task", None) if isinstance(file_tree.get("task"), str) else None
@@ -441,9 +441,14 @@ def yaml_problem(error: Exception) -> str:
     return (problem or first_line(error)) + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else "")
 
 
-@cache
 def defaults() -> dict[str, Any]:
-    return read_yaml(config_dir() / "default.yaml")
+    """default.yaml's tree, to be changed at will: the file is parsed once."""
+    return copy.deepcopy(parsed(config_dir() / "default.yaml"))
+
+
+@cache
+def parsed(path: Path) -> dict[str, Any]:
+    return read_yaml(path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

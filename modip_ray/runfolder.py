@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import fcntl
 import json
@@ -186,7 +185,7 @@ def saved_config(path: Path) -> Config:
 
 def with_defaults(saved: dict, path: Path) -> dict:
     """A saved tree, with the defaults of settings that did not exist when it was saved."""
-    tree = copy.deepcopy(defaults())
+    tree = defaults()
     merge(tree, saved, str(path / "config.yaml"))
     return tree
 

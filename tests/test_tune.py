@@ -1,6 +1,5 @@
 """Search with Ray Tune: settings checked before anything runs, trials that go on bit for bit, PBT."""
 
-import os
 import re
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from modip_ray.search.trial import Trial, start_checkpoint
 from tests.fakes import SMALL, write_data
 from tests.private_ray import private_ray
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 PARTS = ("learner_model", "learner_policy", "replay", "replay.rows_0000000", "bc")
 TINY = {**SMALL, "pretrain.updates": 10, "pretrain.policy_updates": 10, "online.min_online": 20, "task.max_episode_steps": 15, "eval.every_episodes": 2}
 SEARCHES = sorted(p.stem for p in (config_dir() / "tune").glob("*.yaml"))

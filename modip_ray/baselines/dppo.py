@@ -26,7 +26,7 @@ from modip_ray.learning import build
 from modip_ray.learning.adam import Adam
 from modip_ray.learning.checkpoint import Checkpoint, State, write_state
 from modip_ray.learning.evaluation import Job, Outcome, run_jobs
-from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status
+from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status, means
 from modip_ray.learning.updater import moments
 from modip_ray.model.agent import Agent
 from modip_ray.model.hardware import prepare_process
@@ -153,9 +153,8 @@ class DPPOSystem:
             if time.monotonic() >= end:
                 break
         done = phase == "pretrain" or (self.env_steps >= total and self.filled < self.own.n_steps)
-        metrics = {k: float(np.mean([m[k] for m in self.metrics if k in m])) for k in {k: None for m in self.metrics for k in m}}
-        (returns, self.returns), (incidents, self.incidents), self.metrics = (self.returns, []), (self.incidents, []), []
-        return Status(self.env_steps, self.updates, self.policy_updates, done, metrics, returns, incidents)
+        (returns, self.returns), (incidents, self.incidents), (metrics, self.metrics) = (self.returns, []), (self.incidents, []), (self.metrics, [])
+        return Status(self.env_steps, self.updates, self.policy_updates, done, means(metrics), returns, incidents)
 
     def new_group(self) -> EnvGroup:
         return EnvGroup(self.setup.env_factory, self.own.num_envs, self.cfg.task.max_episode_steps, (self.cfg.seed, 0, self.env_steps),

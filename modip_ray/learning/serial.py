@@ -50,7 +50,7 @@ class SerialSystem:
         self.collector: Collector | None = None
         self.returns: list[float] = []
         self.incidents: list[str] = []
-        if setup.checkpoint is not None and setup.checkpoint.has(COLLECTION):
+        if setup.checkpoint is not None and serial:
             self.resume_collection(setup.checkpoint.read(COLLECTION))
         self.finished: list[Report] = []
 

@@ -52,12 +52,13 @@ def local_env_class(gate):
     return Local
 
 
-def finish(system, phase):
+def finish(system, phase, ready=lambda status, incidents: status.done):
+    """The first status with which `ready` holds, and the incidents until then."""
     incidents = []
     for _ in range(120):
         status = system.advance(phase, 1.0, until=10**9)
         incidents += status.incidents
-        if status.done:
+        if ready(status, incidents):
             return status, incidents
     raise AssertionError(f"{phase} did not end: {status}")
 
@@ -94,12 +95,10 @@ def run(cluster, tmp_path_factory):
         system.advance("online", 0.3, until=10**9)
     facts["processes"] = system.processes()
     os.kill(facts["processes"]["rollout"][0], signal.SIGKILL)
-    incidents = []
-    while not any("rollout worker 0 joined" in line for line in incidents):
-        incidents += system.advance("online", 0.3, until=10**9).incidents
+    _, before = finish(system, "online", lambda _, incidents: any("rollout worker 0 joined" in line for line in incidents))
     gate.touch()
-    facts["online"], rest = finish(system, "online")
-    facts["incidents"] = incidents + rest
+    facts["online"], after = finish(system, "online")
+    facts["incidents"] = before + after
     facts["planner"] = ray.get(system.planners[0].status.remote())
     facts["gauges"] = system.gauges()
     facts["final"] = {s: ray.get(learner.weights.remote()) for s, learner in system.learners.items()}
