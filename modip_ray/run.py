@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from modip_ray.config import Config
-from modip_ray.data_cli import ProgressLine
 from modip_ray.learning.build import build_spec, check_device
 from modip_ray.learning.collector import SegmentHook
 from modip_ray.learning.env_source import check_family, spaces
@@ -20,6 +19,7 @@ from modip_ray.learning.evaluation import Job, Outcome, jobs_for, modes_of
 from modip_ray.learning.offline_data import load_data, rolls_out, source_label
 from modip_ray.learning.offline_rows import write_rows
 from modip_ray.learning.system import Setup, System
+from modip_ray.progress import ProgressLine
 from modip_ray.report.scores import final_table
 from modip_ray.runfolder import RoleLost, RunFolder, command_line, disk_errors, git_commit, machine, versions
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of

@@ -20,8 +20,11 @@ from typing import Any, Literal
 
 import yaml
 
-from modip_ray.config import Config, ConfigError, build, defaults, merge, read_yaml
-from modip_ray.config_rules import shown
+from modip_ray.config import Config, ConfigError, read_yaml
+from modip_ray.config.fields import build
+from modip_ray.config.files import defaults
+from modip_ray.config.rules import shown
+from modip_ray.config.tree import merge
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, best, newest, write_synced
 from modip_ray.learning.mirror import Mirror
 from modip_ray.report.rundata import flatten

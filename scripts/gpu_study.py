@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modip_ray.bench import flops
-from modip_ray.bench_rows import ACTION_DIM, OBS_DIM, Setting
-from modip_ray.bench_tdmpc2 import SHAPES
+from modip_ray.bench.rows import ACTION_DIM, OBS_DIM, Setting
+from modip_ray.bench.run import flops
+from modip_ray.bench.tdmpc2 import SHAPES
 from modip_ray.config import load
 from modip_ray.learning.learner import Learner
 from modip_ray.model.agent import Agent

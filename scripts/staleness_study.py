@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modip_ray import bench_e2e
 from modip_ray.actors.system import RaySystem
+from modip_ray.bench import e2e
 from modip_ray.config import load
 from modip_ray.runfolder import command_line, git_commit, machine, versions
 
@@ -25,14 +25,14 @@ EVERY_S = (0.2, 1.0, 5.0, 20.0)
 def measure(every_s: float, seconds: float) -> dict[str, float]:
     """Means over the readings, and steps and updates a second."""
     cfg = load("demo", [f"planner.weights_every_s={every_s}"])
-    cfg = bench_e2e.online_only(cfg, replay__samples_per_insert_slack=float(bench_e2e.WARM_UP))
-    system = RaySystem(bench_e2e.setup_of(cfg))
+    cfg = e2e.online_only(cfg, replay__samples_per_insert_slack=float(e2e.WARM_UP))
+    system = RaySystem(e2e.setup_of(cfg))
     try:
-        while (before := system.advance("online", 0.2, until=bench_e2e.ENDLESS)).env_steps < bench_e2e.WARM_UP:
+        while (before := system.advance("online", 0.2, until=e2e.ENDLESS)).env_steps < e2e.WARM_UP:
             pass
         begun, readings = time.monotonic(), []
         while time.monotonic() - begun < seconds:
-            status = system.advance("online", 1.0, until=bench_e2e.ENDLESS)
+            status = system.advance("online", 1.0, until=e2e.ENDLESS)
             gauges = system.gauges()
             readings.append((gauges["planner/updates_behind"], gauges["planner/seconds_behind"]))
         lasted = time.monotonic() - begun

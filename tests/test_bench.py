@@ -5,7 +5,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from modip_ray import bench, bench_history
+from modip_ray.bench import history
+from modip_ray.bench import run as bench
 from modip_ray.config import load
 from modip_ray.model.networks import mlp
 
@@ -79,14 +80,14 @@ def test_a_regression_shows_beside_the_newest_earlier_result(tmp_path, monkeypat
     write("2026-01-01.json", 9.0)
     write("kernels-2026-02-01.json", 2.0)
     write("undated.json", 99.0)
-    before = bench_history.earlier(tmp_path)
+    before = history.earlier(tmp_path)
     assert before["planner.x"] == (2.0, "plans/s", "kernels-2026-02-01.json")
     rows = [bench.Row("planner.x", 7.0, "plans/s", 5.0, 1.4), bench.Row("planner.y", 12.0, "ms"), bench.Row("planner.new", 1.0, "ms")]
     head, x, y, new = bench.table(rows, before).splitlines()
     assert x.split()[4:6] == ["1.4", "2"] and y.split() == ["planner.y", "12", "ms", "10"] and new.split() == ["planner.new", "1", "ms"]
-    assert bench_history.regressions(rows, before) == ["worse than before: planner.x: 1.4, it was 2 in kernels-2026-02-01.json"]
+    assert history.regressions(rows, before) == ["worse than before: planner.x: 1.4, it was 2 in kernels-2026-02-01.json"]
     slow = [bench.Row("planner.y", 20.0, "ms"), bench.Row("planner.x", 0.1, "ms")]      # the second has another unit by now: another measurement
-    assert bench_history.regressions(slow, before) == ["worse than before: planner.y: 20, it was 10 in kernels-2026-02-01.json"]
+    assert history.regressions(slow, before) == ["worse than before: planner.y: 20, it was 10 in kernels-2026-02-01.json"]
     monkeypatch.chdir(tmp_path)                                     # no results/bench here: nothing to compare with
     bench.run_bench(["weights"], seconds=0.01, overrides=SMALL)
     assert "worse" not in capsys.readouterr().out

@@ -4,7 +4,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from modip_ray import data_cli
+from modip_ray.cli import data as data_cli
+from modip_ray.progress import ProgressLine
 from modip_ray.tasks import catalogue as cat
 from modip_ray.tasks.d4rl_data import read_d4rl, write_d4rl
 from modip_ray.tasks.dataset import DataError
@@ -180,7 +181,7 @@ def test_convert_keeps_what_the_file_says(modip, file, tmp_path):
 # ---- the progress line -----------------------------------------------------------------------------------------------------------------------
 
 def test_progress_in_a_log(capsys):
-    line = data_cli.ProgressLine("toy/a-v0")
+    line = ProgressLine("toy/a-v0")
     for done in range(0, 100_000_001, 1_000_000):
         line(done, 100_000_000)
     lines = capsys.readouterr().err.splitlines()
@@ -189,7 +190,7 @@ def test_progress_in_a_log(capsys):
 
 def test_progress_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    line = data_cli.ProgressLine("toy/a-v0", every_s=0.0)
+    line = ProgressLine("toy/a-v0", every_s=0.0)
     line(50, 100)
     line(100, 100)
     assert capsys.readouterr().err == "\rtoy/a-v0: 0 kB of 0 kB (50 %)\033[K\rtoy/a-v0: 0 kB of 0 kB (100 %)\033[K\n"

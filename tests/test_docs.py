@@ -61,7 +61,7 @@ def test_commands_can_be_typed(text, page, capsys):
         if len(words) == 1 or "..." in words or words[-1] == "--to":
             continue                                                                # only named
         if words[0] == "bench":
-            continue                                                                # its arguments are bench.py's
+            continue                                                                # its arguments are bench/run.py's
         if "--help" not in words and not any(re.match(r"[\[{]", w) for w in words[1:]):
             try:
                 rest = cli.parser().parse_known_args(words)[1]

@@ -192,7 +192,7 @@ def test_the_package_holds_the_folder_and_modip_ray_alone_suffices(work, tmp_pat
     assert write_package(work, archive) == ["large.hdf5 (51.0 MB)"]
     ZipFile(archive).extractall(tmp_path / "there")
     names = set(ZipFile(archive).namelist())
-    assert {"points.py", "data.hdf5", "modip_ray/cli.py", "modip_ray/configs/default.yaml", "modip_ray/configs/tasks/hopper-medium.yaml"} <= names
+    assert {"points.py", "data.hdf5", "modip_ray/cli/__init__.py", "modip_ray/configs/default.yaml", "modip_ray/configs/tasks/hopper-medium.yaml"} <= names
     assert not any(name.startswith(("runs/", ".")) or "__pycache__" in name or name == "large.hdf5" for name in names)
     code = "import modip_ray, modip_ray.config as c; print(modip_ray.__file__, c.config_dir()); c.load('demo')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "there", env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
@@ -202,7 +202,7 @@ def test_the_package_holds_the_folder_and_modip_ray_alone_suffices(work, tmp_pat
 def test_a_checkout_is_packaged_once(tmp_path):
     write_package(ROOT, tmp_path / "p.zip")
     names = ZipFile(tmp_path / "p.zip").namelist()
-    assert len(names) == len(set(names)) and "modip_ray/cli.py" in names and "tests/fakes.py" in names
+    assert len(names) == len(set(names)) and "modip_ray/cli/__init__.py" in names and "tests/fakes.py" in names
     assert not any(name.startswith((".git", ".venv", "runs/", "results/")) for name in names)
 
 

@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 
-from modip_ray.bench_scale import MakeFake, MakeSleeping, prediction_table, predictions
+from modip_ray.bench.scale import MakeFake, MakeSleeping, prediction_table, predictions
+from modip_ray.bench.scale_model import Fleet, predict
 from modip_ray.config import load
 from modip_ray.learning.collector import Query
-from modip_ray.scale_model import Fleet, predict
 from modip_ray.timing import Timer
 
 

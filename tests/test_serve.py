@@ -16,7 +16,8 @@ import numpy as np
 import psutil
 import pytest
 
-from modip_ray import bench_serve, cli
+from modip_ray import cli
+from modip_ray.bench import serve as bench_serve
 from modip_ray.learning.checkpoint import folders
 from modip_ray.policy import load
 from modip_ray.serve import engine as engine_module

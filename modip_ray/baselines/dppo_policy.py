@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modip_ray.config import DPPO
+from modip_ray.config.fields import DPPO
 from modip_ray.model.diffusion import DiffusionPolicy
 
 NOISE_CLIP = 3.0                    # of the standard normal noise of a denoising step

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from modip_ray.config import ConfigError, config_dir, load
-from modip_ray.data_cli import size_text
 from modip_ray.jobs.client import JobError, Submission
+from modip_ray.progress import size_text
 
 STORAGE = "~/modip_ray_runs"
 LEFT_OUT = ("runs", "results", "venv", "env", "wandb", "node_modules", "build", "dist")      # and everything hidden, caches, *.egg-info

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from modip_ray.config import ConfigError, Task, nearest
-from modip_ray.config_rules import shown
+from modip_ray.config.rules import shown
 from modip_ray.tasks.envs import EnvError, EnvFactory, make_env, make_envs, reset_env, run_chunk
 from modip_ray.tasks.scores import REFERENCE
 

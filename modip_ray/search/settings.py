@@ -1,4 +1,4 @@
-"""What one trial of a search runs: a configuration with several training seeds. Strict like config.py; no torch, no Ray."""
+"""What one trial of a search runs: a configuration with several training seeds. Strict like config/; no torch, no Ray."""
 
 from __future__ import annotations
 

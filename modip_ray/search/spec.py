@@ -1,4 +1,4 @@
-"""A search file (configs/tune/*.yaml): what `modip tune` reads. Data only, strict like config.py; no Ray."""
+"""A search file (configs/tune/*.yaml): what `modip tune` reads. Data only, strict like config/; no Ray."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import yaml
 
-from modip_ray.config import ConfigError, config_dir, nearest, parse_scalar, read_yaml, typed
-from modip_ray.config_rules import need
+from modip_ray.config import ConfigError, config_dir, nearest, parse_scalar, read_yaml
+from modip_ray.config.rules import need
+from modip_ray.config.tree import typed
 
 #: Kinds of an entry of `search`, with what they are given.
 RANGES = {"choice": "a list of values", "grid": "a list of values, each tried num_samples times", "uniform": "[low, high]", "loguniform": "[low, high]",

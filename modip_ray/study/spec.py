@@ -1,4 +1,4 @@
-"""A study file (configs/studies/*.yaml): which methods are compared on which tasks with which seeds. Data only, strict like config.py."""
+"""A study file (configs/studies/*.yaml): which methods are compared on which tasks with which seeds. Data only, strict like config/."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from modip_ray.config import Config, ConfigError, config_dir, load, nearest, parse_scalar, read_yaml, task_names, typed
+from modip_ray.config import Config, ConfigError, config_dir, load, nearest, parse_scalar, read_yaml, task_names
+from modip_ray.config.tree import typed
 from modip_ray.learning.offline_data import rolls_out
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

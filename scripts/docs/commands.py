@@ -3,7 +3,8 @@ import argparse
 import os
 from collections.abc import Iterator
 
-from modip_ray import bench, cli
+from modip_ray import cli
+from modip_ray.bench import run as bench
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from modip_ray.cli.status import gather
 from modip_ray.report import MetricsLog
 from modip_ray.report.rundata import load_run
 from modip_ray.report.status import Role, facts_of, roles_of, status_text
 from modip_ray.runfolder import RunError, is_open
-from modip_ray.status_cli import gather
 from tests.e2e.test_run import ENV, ROOT, command, modip, start_and_wait
 from tests.fakes import small, write_data
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modip_ray import bench_history, bench_kernels, bench_replay
-from modip_ray.bench_rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
+from modip_ray.bench import history, kernels
+from modip_ray.bench.replay import gather, resume
+from modip_ray.bench.rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
 from modip_ray.config import Config, ConfigError, load, nearest, task_names
 from modip_ray.learning.env_source import env_factory
 from modip_ray.learning.learner import Learner
@@ -75,7 +76,7 @@ def planner(s: Setting) -> list[Row]:
     return [compared("planner.plans_per_s", rate[demo], "plans/s", rate[1], f"1 row a call, not {demo}"),
             *(compared(f"planner.plans_per_s.rows_{n}", rate[n], "plans/s", rate[1], "1 row a call") for n in PLAN_ROWS),
             compared("planner.roofline", reached, "GFLOP/s", peak, f"a {MATRIX}x{MATRIX} float32 matrix product; {demo} rows a call"),
-            *bench_kernels.precision_and_compilation(s), *bench_kernels.tails(s)]
+            *kernels.precision_and_compilation(s), *kernels.tails(s)]
 
 
 @bench("learner")
@@ -87,7 +88,7 @@ def learner(s: Setting) -> list[Row]:
     peak = 2 * MATRIX**3 / product
     rows = [compared(f"learner.{name}_update_ms", 1e3 * t, "ms", 1e3 * flops(update) / peak, "its matrix products at the measured peak")
             for (name, update), t in zip(updates.items(), seconds, strict=True)]
-    return rows + bench_kernels.targets(s) + bench_kernels.compilation(s)
+    return rows + kernels.targets(s) + kernels.compilation(s)
 
 
 @bench("replay")
@@ -101,7 +102,7 @@ def replay(s: Setting) -> list[Row]:
     segment = Segment(np.zeros((n + 1, OBS_DIM), np.float32), np.zeros((n, ACTION_DIM), np.float32), np.ones(n, np.float32), False)
     add, _ = s.medians(lambda: online.add(segment), lambda: None)
     size = f"numpy copy of the same {sum(v.nbytes for v in batch.values()) // 1024} KiB, warm"
-    return [*bench_replay.gather(s), *bench_replay.resume(s), compared("replay.batch_vs_memcpy", 1e3 * ours, "ms", 1e3 * copied, size),
+    return [*gather(s), *resume(s), compared("replay.batch_vs_memcpy", 1e3 * ours, "ms", 1e3 * copied, size),
             compared("replay.chunks_vs_memcpy", 1e3 * chunk, "ms", 1e3 * chunk_copied, "numpy copy of the same bytes"),
             Row("replay.add_transitions_per_s", n / add, "1/s")]
 
@@ -159,13 +160,13 @@ def weights(s: Setting) -> list[Row]:
 @bench("e2e")
 def e2e(s: Setting) -> list[Row]:
     """Environment steps a second of each stage alone and of all together, processor time of a step by role; and Ray against one process, learners idle."""
-    from modip_ray import bench_e2e
+    from modip_ray.bench.e2e import STAGES, measure, overhead
     seconds = 8 * s.seconds
-    found = {stage: bench_e2e.measure(s.cfg, stage, seconds) for stage in bench_e2e.STAGES}
+    found = {stage: measure(s.cfg, stage, seconds) for stage in STAGES}
     together, cost = found["all"].steps_per_s, found["all"].processor_ms
     alone = {stage: m.steps_per_s for stage, m in found.items() if stage != "all"}
     slowest, total, cores = min(alone, key=alone.__getitem__), sum(cost.values()), machine()["cpus"]
-    serial, ray = bench_e2e.overhead(s.cfg, seconds / 2)
+    serial, ray = overhead(s.cfg, seconds / 2)
     return [compared("e2e.steps_per_s", together, "1/s", alone[slowest], f"the slowest stage alone: {slowest}"),
             *(compared(f"e2e.steps_per_s.{stage}_only", rate, "1/s", together, "all together") for stage, rate in alone.items()),
             *(compared(f"e2e.processor_ms_per_step.{role}", ms, "ms", total, "all roles together") for role, ms in sorted(cost.items())),
@@ -177,7 +178,7 @@ def e2e(s: Setting) -> list[Row]:
 @bench("channel")
 def channel(s: Setting) -> list[Row]:
     """A query to the planner on a socket, against the same as a call of a Ray actor."""
-    from modip_ray.bench_channel import costs
+    from modip_ray.bench.channel import costs
     socket, call = costs(s.cfg, 2 * s.seconds)
     return [compared("channel.round_trip_ms", socket.round_trip, "ms", call.round_trip, "a Ray actor's method"),
             compared("channel.processor_ms", socket.processor, "ms", call.processor, "a Ray actor's method; both ends together")]
@@ -186,28 +187,28 @@ def channel(s: Setting) -> list[Row]:
 @bench("scale")
 def scale(s: Setting) -> list[Row]:
     """Real actors with a fake accelerator (10 ms + 0.05 ms a row) and fake environments (5 ms a step) against the smaller of both limits; and the model."""
-    from modip_ray import bench_scale
+    from modip_ray.bench.scale import ENVS, MEASURED, Fleet, measure, predict, prediction_table, predictions
     rows = []
-    for workers in bench_scale.MEASURED:
-        fleet = bench_scale.Fleet(workers, bench_scale.ENVS // workers)
-        rate, batch, answer_ms = bench_scale.measure(s.cfg, fleet, 6 * s.seconds)
-        name, model = f"scale.workers_{workers}", bench_scale.predict(fleet)
+    for workers in MEASURED:
+        fleet = Fleet(workers, ENVS // workers)
+        rate, batch, answer_ms = measure(s.cfg, fleet, 6 * s.seconds)
+        name, model = f"scale.workers_{workers}", predict(fleet)
         in_turns = min(fleet.env_limit, fleet.loop_limit)
         rows += [compared(f"{name}.steps_per_s", rate, "1/s", fleet.ideal, f"ideal: workers {fleet.env_limit:.0f}, planner {fleet.planner_limit:.0f}"),
                  compared(f"{name}.steps_per_s_in_turns", rate, "1/s", in_turns, "ideal, half of the environments planned while the others step"),
                  compared(f"{name}.steps_per_s_vs_model", rate, "1/s", model.steps_per_s, "scale_model.py"),
                  compared(f"{name}.rows_per_batch", batch, "rows", model.rows_per_batch, "scale_model.py"),
                  compared(f"{name}.answer_ms", answer_ms, "ms", 1e3 * model.answer_s, "scale_model.py")]
-    fleet = bench_scale.Fleet(8, bench_scale.ENVS // 8, groups=1)
-    rows.append(compared("scale.workers_8.one_group_steps_per_s", bench_scale.measure(s.cfg, fleet, 6 * s.seconds)[0], "1/s",
-                         bench_scale.predict(fleet).steps_per_s, "scale_model.py; each worker waits while the planner plans"))
-    found = bench_scale.predictions()
-    print(bench_scale.prediction_table(found, s.cfg.online.updates_per_step) + "\n", flush=True)
+    fleet = Fleet(8, ENVS // 8, groups=1)
+    rows.append(compared("scale.workers_8.one_group_steps_per_s", measure(s.cfg, fleet, 6 * s.seconds)[0], "1/s",
+                         predict(fleet).steps_per_s, "scale_model.py; each worker waits while the planner plans"))
+    found = predictions()
+    print(prediction_table(found, s.cfg.online.updates_per_step) + "\n", flush=True)
     return rows + [compared(f"scale.model.workers_{fleet.workers}.planners_{fleet.planners}", p.steps_per_s, "1/s", fleet.ideal,
                             f"ideal; {p.rows_per_batch:.0f} rows a batch, {1e3 * p.answer_s:.1f} ms to an answer, {p.saturated} limits") for fleet, p in found]
 
 
-def table(rows: Sequence[Row], before: Mapping[str, bench_history.Earlier] | None = None) -> str:
+def table(rows: Sequence[Row], before: Mapping[str, history.Earlier] | None = None) -> str:
     """Aligned columns: name, value, unit, reference, ratio, the ratio (or value, where there is none) of an earlier run, what the reference is."""
     def text(x: float | None) -> str:
         return "" if x is None else f"{x:.4g}" if abs(x) < 1e4 else f"{x:.0f}"
@@ -237,15 +238,15 @@ def run_bench(what: Sequence[str], json_path: str | Path | None = None, seconds:
     names = list(BENCHES) if "all" in what else list(dict.fromkeys(what))
     setting = Setting(load(overrides=overrides), seconds, time.process_time if processor_time else time.perf_counter)
     rows: list[Row] = []
-    before, threads = bench_history.earlier(), torch.get_num_threads()
+    before, threads = history.earlier(), torch.get_num_threads()
     prepare_process(1)
     try:
         for name in names:
             found = BENCHES[name](setting)
             if tdmpc2 is not None and name in ("planner", "learner"):
-                from modip_ray.bench_tdmpc2 import against
+                from modip_ray.bench.tdmpc2 import against
                 found += against(setting, tdmpc2, name)
-            print("\n".join([table(found, before), *bench_history.regressions(found, before)]) + "\n", flush=True)
+            print("\n".join([table(found, before), *history.regressions(found, before)]) + "\n", flush=True)
             rows += found
     finally:
         torch.set_num_threads(threads)

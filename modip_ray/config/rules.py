@@ -7,7 +7,7 @@ import reprlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modip_ray.config import Config
+    from modip_ray.config.fields import Config
 
 
 class ConfigError(ValueError):

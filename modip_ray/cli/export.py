@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from modip_ray.data_cli import command, size_text
+from modip_ray.cli.arguments import command
 from modip_ray.output_file import check_output
+from modip_ray.progress import size_text
 
 
 def add_parser(commands) -> None:

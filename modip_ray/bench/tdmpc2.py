@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modip_ray.bench_rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
+from modip_ray.bench.rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
 from modip_ray.config import Config, ConfigError
 from modip_ray.learning.learner import Learner
 from modip_ray.planning.compiled import CompileBeside

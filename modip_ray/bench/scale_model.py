@@ -1,7 +1,7 @@
 """What a cluster of many rollout workers would do: a discrete-event model (SimPy) of workers, planners and learner in closed loop.
 
 Every worker steps its groups of environments one after the other; a group that is done asks its planner and waits for the answer. A planner closes
-a batch by the rule of actors/batching.py. The learner bounds what may be collected. Checked against real actors in bench_scale.py.
+a batch by the rule of actors/batching.py. The learner bounds what may be collected. Checked against real actors in bench/scale.py.
 """
 
 from __future__ import annotations

@@ -1,55 +1,19 @@
-"""The command line: train, eval, data, export, serve, submit, jobs, tune, study, status ... Errors that a user can mend: one line, exit code 2."""
+"""`modip train`, `eval`, `restore`, `collect` and `report`: what makes a run folder and what reads one."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from modip_ray import __version__, data_cli, export_cli, jobs_cli, serve_cli, status_cli, study_cli, tune_cli
+from modip_ray.cli.arguments import command, natural, positive
 from modip_ray.config import Config, ConfigError, load, parse_override
 from modip_ray.output_file import check_output
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done (or stopped in good order), 2 something to mend, said in one line, 130 interrupted."""
-    if not (sys.argv[1:] if argv is None else argv):
-        parser().print_help()
-        sys.exit(2)
-    args, rest = parser().parse_known_args(argv)
-    if rest and args.command != "bench":
-        parser().error(f"unknown argument(s) {' '.join(rest)}; settings are given as key=value, e.g. planner.horizon=3")
-    args.rest = rest
-    try:
-        code = args.run(args)
-    except mendable() as error:
-        print(f"modip {args.command}: {error}", file=sys.stderr)
-        code = 2
-    except BrokenPipeError:
-        code = 0
-    except KeyboardInterrupt:
-        again = "; the same command resumes from the last checkpoint" if args.command == "train" else ""
-        print(f"\nmodip {args.command}: interrupted{again}", file=sys.stderr)
-        code = 130
-    sys.exit(code or 0)
-
-
-def mendable() -> tuple[type[Exception], ...]:
-    """Our own errors; those of packages that are not loaded yet cannot have been raised."""
-    from modip_ray.learning.checkpoint import CheckpointError
-    from modip_ray.runfolder import RunError
-    from modip_ray.tasks.dataset import DataError
-    from modip_ray.tasks.envs import EnvError
-    return ConfigError, DataError, EnvError, CheckpointError, RunError, FloatingPointError, FileNotFoundError
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="modip", description="Fine-tune diffusion policies with a world model, planning and distillation.")
-    top.add_argument("--version", action="version", version=f"modip_ray {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
+def add_parsers(commands) -> None:
+    """Add them to the subparsers of the command line."""
     p = command(commands, "train", run_train, "train, or go on with the run in run_dir")
     p.add_argument("--config", help="a YAML file, or the name of one in configs/")
     p.add_argument("settings", nargs="*", metavar="key=value", help="over the file's settings, e.g. task=hopper-medium run_dir=runs/hopper")
@@ -78,41 +42,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=natural, default=0)
     p.add_argument("--out", type=Path, required=True)
 
-    data_cli.add_parsers(commands)
-    export_cli.add_parser(commands)
-    jobs_cli.add_parsers(commands)
-    serve_cli.add_parsers(commands)
-    status_cli.add_parser(commands)
-    tune_cli.add_parsers(commands)
-    study_cli.add_parser(commands)
-
     p = command(commands, "report", run_report, "write report/index.html of a run, or report/comparison.html of several in the first one's folder")
     p.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     p.add_argument("--video", action="store_true", help="also render BC beside MODIP (needs OpenGL)")
-
-    commands.add_parser("bench", help="measure speeds on this machine", add_help=False).set_defaults(run=run_bench)      # its arguments: bench.py
-    return top
-
-
-def command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
-    p = commands.add_parser(name, help=text, description=text)
-    p.set_defaults(run=run)
-    return p
-
-
-def positive(text: str) -> int:
-    return at_least(1, text)
-
-
-def natural(text: str) -> int:
-    return at_least(0, text)
-
-
-def at_least(least: int, text: str) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-    return value
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -204,12 +136,6 @@ def make_video(run: Path, write_page: bool = True) -> None:
     print(f"{info.path}  ({info.frames} frames, {info.seconds:.0f} s)")
     if write_page:
         write_report([run])
-
-
-def run_bench(args: argparse.Namespace) -> int:
-    from modip_ray.bench import main as bench
-    bench(args.rest)
-    return 0
 
 
 def write_json(path: Path | None, value: dict) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from modip_ray.bench_rows import Row
+from modip_ray.bench.rows import Row
 
 FOLDER = Path("results/bench")
 DATE = re.compile(r"\d{4}-\d\d-\d\d")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modip_ray.bench_rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
+from modip_ray.bench.rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
 from modip_ray.config import Config
 from modip_ray.learning.checkpoint import begin, commit, newest, write_state
 from modip_ray.learning.replay import ReplayBuffer

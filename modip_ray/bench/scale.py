@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 import gymnasium as gym
 import numpy as np
 
+from modip_ray.bench.scale_model import Fleet, Prediction, predict
 from modip_ray.config import Config
 from modip_ray.learning.collector import Planned, Query
-from modip_ray.scale_model import Fleet, Prediction, predict
 from modip_ray.tasks.envs import EnvFactory
 from modip_ray.timing import Timer
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from modip_ray.cli.arguments import command
+from modip_ray.progress import ProgressLine, size_text
 
 MINARI = "minari:"
 
@@ -33,12 +34,6 @@ def add_parsers(commands) -> None:
     p.add_argument("target", metavar="DST", help="a file to write, or minari:ID")
     p.add_argument("--to", choices=("d4rl", "minari"), help="default: minari where DST begins with minari:, else d4rl")
     p.add_argument("--env", metavar="ID", help="for Minari, the gymnasium environment to record; default: the one that SRC names")
-
-
-def command(commands, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    p = commands.add_parser(name, help=text, description=text)
-    p.set_defaults(run=run)
-    return p
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -151,29 +146,3 @@ def registered(env_id: object) -> str | None:
     """The id, if gymnasium knows such an environment."""
     import gymnasium
     return env_id if isinstance(env_id, str) and env_id in gymnasium.registry else None
-
-
-class ProgressLine:
-    """Says on stderr how far a download is: one line that changes on a terminal, else a line every 10 %."""
-
-    def __init__(self, name: str, every_s: float = 0.2):
-        self.name, self.every_s, self.terminal = name, every_s, sys.stderr.isatty()
-        self.shown, self.tenth = 0.0, -1
-
-    def __call__(self, done: int, total: int | None) -> None:
-        now, finished = time.monotonic(), done == total
-        tenth = 10 * done // total if total else done // 100_000_000
-        if not finished and (now - self.shown < self.every_s if self.terminal else tenth == self.tenth):
-            return
-        self.shown, self.tenth = now, tenth
-        text = f"{self.name}: {size_text(done)}" + (f" of {size_text(total)} ({100 * done // total} %)" if total else "")
-        if self.terminal:
-            print(f"\r{text}\033[K", end="\n" if finished else "", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-
-def size_text(size: int | None) -> str:
-    if size is None:
-        return "?"
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"

@@ -6,8 +6,8 @@ import argparse
 import signal
 from pathlib import Path
 
+from modip_ray.cli.arguments import command
 from modip_ray.config import ConfigError, parse_override
-from modip_ray.data_cli import command
 from modip_ray.output_file import check_output
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -50,9 +50,9 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    from modip_ray.bench import save, table
-    from modip_ray.bench_history import earlier, regressions
-    from modip_ray.bench_serve import measure
+    from modip_ray.bench.history import earlier, regressions
+    from modip_ray.bench.run import save, table
+    from modip_ray.bench.serve import measure
     if min(args.clients, args.bad) < 1 or not 0 < args.seconds <= 3600:
         raise ConfigError(f"--clients and --bad must be at least 1, --seconds above 0: got {args.clients}, {args.bad}, {args.seconds:g}")
     check_output(args.json_file)

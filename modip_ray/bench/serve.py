@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from modip_ray.bench_rows import Row, compared
+from modip_ray.bench.rows import Row, compared
 from modip_ray.policy import RunPolicy, load
 from modip_ray.serve.bad_requests import generate, send
 from modip_ray.serve.client import PolicyClient

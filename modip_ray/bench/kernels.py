@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modip_ray.bench_rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
+from modip_ray.bench.rows import ACTION_DIM, OBS_DIM, Row, Setting, compared
 from modip_ray.config import Config
 from modip_ray.learning.learner import Learner
 from modip_ray.model.diffusion import DiffusionPolicy

@@ -9,14 +9,14 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from modip_ray.bench_scale import MakeFake, MakeSleeping, Still
+from modip_ray.bench.scale import MakeFake, MakeSleeping, Still
+from modip_ray.bench.scale_model import Fleet
 from modip_ray.config import Config
 from modip_ray.learning.build import build_spec
 from modip_ray.learning.env_source import env_factory, spaces
 from modip_ray.learning.limiter import RateLimiter
 from modip_ray.learning.offline_data import policy_of
 from modip_ray.learning.system import Phase, Setup, Status, System
-from modip_ray.scale_model import Fleet
 from modip_ray.tasks.collect import collect
 
 Stage = Literal["workers", "planner", "learner", "all"]

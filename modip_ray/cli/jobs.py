@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modip_ray.data_cli import command, size_text
+from modip_ray.cli.arguments import command
+from modip_ray.progress import size_text
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
