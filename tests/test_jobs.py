@@ -18,12 +18,13 @@ from zipfile import ZipFile
 import pytest
 
 from cluster.local import LocalCluster
+from modip_ray.cli.submitted import check_name, on_cluster, prepare, shell_word, submission
 from modip_ray.config import ConfigError
 from modip_ray.jobs import client as jobs
 from modip_ray.jobs import send as jobs_send
 from modip_ray.jobs.client import JobError
 from modip_ray.jobs.fetch import MARK, Receiver, check_target, replace, unpack
-from modip_ray.jobs.package import check_name, on_cluster, prepare, shell_word, submission, write_package
+from modip_ray.jobs.package import write_package
 from modip_ray.learning.checkpoint import newest
 from modip_ray.report.metrics import read_metrics
 from tests.fakes import SMALL, write_data

@@ -51,9 +51,10 @@ def add_address(p: argparse.ArgumentParser) -> None:
 
 
 def run_submit(args: argparse.Namespace) -> int:
+    from modip_ray.cli.submitted import STORAGE, check_name, prepare, submission
     from modip_ray.jobs.client import connect, find_address, submit
     from modip_ray.jobs.fetch import check_target
-    from modip_ray.jobs.package import STORAGE, check_name, prepare, submission, write_package
+    from modip_ray.jobs.package import write_package
     words = args.job_command[1:] if args.job_command[:1] == ["--"] else args.job_command
     folder = args.working_dir.resolve()
     asked = prepare(words, check_name(args.name), args.storage or STORAGE, folder)
