@@ -1,75 +1,100 @@
-"""A study's learning curves: a picture a task, scores against environment steps and against wall time, a colour a method."""
+"""A study's learning curves: a picture a task, scores against environment steps and against the online phase's time, a colour a method."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from modip_ray.config import Config
 from modip_ray.report.parallel import GRID, INK, MUTED, SETTINGS
 from modip_ray.report.svg import short_number
+from modip_ray.runfolder import read_summary
 from modip_ray.study.kept import evaluations, outcome
-from modip_ray.study.spec import Study
+from modip_ray.study.spec import Cell, Study
 
 STYLES = {"mpc": "-", "policy": (0, (4, 2))}
 NAMES = {"mpc": "MPC-acting", "policy": "DP-only"}
 
-LATE = 1.05                                                     # evaluations lie a little behind their due step, so one seed's last may be behind another's
+Curve = dict[int, tuple[float, float]]                          # by the step that an evaluation was due at: environment steps, mean score
 
-Curve = dict[int, tuple[float, float]]                          # by environment steps: wall seconds, mean score
+
+@dataclass(frozen=True)
+class Drawn:
+    """One way of acting of one method: a curve a training seed, and the online seconds of an environment step (None: no run is finished)."""
+
+    seeds: list[Curve]
+    step_s: float | None
+    metric: str
 
 
 def write_curves(study: Study) -> list[str]:
     """curves_TASK.png (and .svg) for every task with an evaluation; their names."""
     written, cells = [], study.cells()
     for task in study.tasks:
-        curves = {(m, mode): found for m in study.methods for mode in STYLES
-                  if (found := [c for cell in cells if (cell.task, cell.method) == (task, m) and (c := read_curve(outcome(cell) or cell.folder, mode))])}
-        if curves:
+        drawn = {(m, mode): found for m in study.methods for mode in STYLES
+                 if (found := read_curves([c for c in cells if (c.task, c.method) == (task, m)], mode)) is not None}
+        if drawn:
             with matplotlib.rc_context(SETTINGS):
-                figure = draw(task, list(study.methods), curves)
+                figure = draw(task, list(study.methods), drawn)
                 for suffix in ("png", "svg"):
                     figure.savefig(study.folder / f"curves_{task}.{suffix}", dpi=150, facecolor="white", metadata={"Date": None} if suffix == "svg" else None)
             written.append(f"curves_{task}.png")
     return written
 
 
-def read_curve(run: Path, mode: str) -> Curve:
-    """Evaluations of one mode in a run's metrics; of two at the same step the later one counts."""
-    return {r["env_steps"]: (r["wall_s"], r["mean"]) for r in evaluations(run) if r.get("mode") == mode}
+def read_curves(cells: Sequence[Cell], mode: str) -> Drawn | None:
+    """Of one task and method; None where no run was evaluated in this mode."""
+    folders = [(cell, outcome(cell)) for cell in cells]
+    rows = [rows for cell, folder in folders if (rows := evaluation_rows(cell, folder or cell.folder, mode))]
+    if not rows:
+        return None
+    done = [summary for _, folder in folders if folder is not None and (summary := read_summary(folder)) is not None]
+    return Drawn([{due(r["env_steps"], cells[0].cfg): (r["env_steps"], r["mean"]) for r in own} for own in rows],
+                 float(np.mean([s["phase_s"]["online"] / s["env_steps"] for s in done])) if done else None, rows[0][0].get("metric", "score"))
 
 
-def over_seeds(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """At the steps (n,) of the seed that was evaluated least often, as far as every seed is, the others interpolated between theirs:
-    steps, mean wall seconds, mean score, and (n, 2) the least and the greatest seed."""
-    reached = LATE * min(max(c) for c in curves)
-    steps = np.array([s for s in sorted(min(curves, key=len)) if s <= reached], float)
-    points = [np.array([(step, *values) for step, values in sorted(c.items())]).T for c in curves]         # each (3, its evaluations)
-    at_steps = np.array([[np.interp(steps, own, values) for values in (wall, score)] for own, wall, score in points])       # (seeds, 2, n)
-    (wall, score), (_, least), (_, greatest) = at_steps.mean(0), at_steps.min(0), at_steps.max(0)
-    return steps, wall, score, np.stack([least, greatest], 1)
+def evaluation_rows(cell: Cell, folder: Path, mode: str) -> list[dict[str, Any]]:
+    """Those of a mode, on the seeds that the settings say: a run may have been looked at on others, too."""
+    return [r for r in evaluations(folder) if r.get("mode") == mode and r.get("seeds", [cell.cfg.eval.seed])[:1] == [cell.cfg.eval.seed]]
 
 
-def draw(task: str, methods: Sequence[str], curves: dict[tuple[str, str], list[Curve]]) -> Figure:
+def due(step: int, cfg: Config) -> int:
+    """The step that an evaluation was due at; they lie a little behind it, each seed's elsewhere."""
+    end, every = cfg.online.env_steps, cfg.eval.every_steps
+    return end if step >= end else step // every * every if every else 0
+
+
+def over_seeds(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where every seed was evaluated: mean environment steps (n,), mean score (n,), and (n, 2) the least and the greatest seed."""
+    shared = sorted(set.intersection(*map(set, curves)))
+    steps, score = np.array([[c[at] for at in shared] for c in curves]).transpose(2, 0, 1)                 # (seeds, n) each
+    return steps.mean(0), score.mean(0), np.stack([score.min(0), score.max(0)], 1)
+
+
+def draw(task: str, methods: Sequence[str], drawn: Mapping[tuple[str, str], Drawn]) -> Figure:
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     colors = {m: matplotlib.colormaps["tab10"](i % 10) for i, m in enumerate(methods)}
-    for (method, mode), found in curves.items():
-        steps, wall, score, band = over_seeds(found)
-        for axes, x in ((left, steps), (right, wall / 60)):
+    for (method, mode), found in drawn.items():
+        steps, score, band = over_seeds(found.seeds)
+        for axes, x in ((left, steps), *(((right, steps * found.step_s / 60),) if found.step_s is not None else ())):
             axes.fill_between(x, band[:, 0], band[:, 1], color=colors[method], alpha=0.12, linewidth=0)
             axes.plot(x, score, color=colors[method], linestyle=STYLES[mode], marker="o", markersize=3.5, linewidth=1.8, label=f"{method}, {NAMES[mode]}")
-    for axes, title in ((left, "environment steps"), (right, "wall time, minutes")):
+    for axes, title in ((left, "environment steps"), (right, "minutes of the online phase")):
         axes.set_xlabel(title, color=MUTED)
         axes.grid(color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _, axes=axes: short_number(v, axes.get_xlim()[1])))
+    left.set_ylabel(next(iter(drawn.values())).metric, color=MUTED)
     left.set_title(task, loc="left", color=INK, fontweight="bold")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9, handlelength=3.5)
     return figure

@@ -25,15 +25,20 @@ from modip_ray.tasks.scores import normalized_score
 
 RESAMPLES = 5_000
 MARK = " (*)"
+PHASES = ("pretrain", "online", "eval")
 Runs = dict[int, dict[str, Any]]                                # summaries of one task and method by training seed
 
 
 def nested_ci(groups: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> list[float]:
-    """95 % percentile interval of the mean of the groups' means, where groups are drawn first, then values within each. groups: an array a training seed."""
+    """95 % percentile interval of the mean of the groups' means, where groups are drawn first, then values within each, anew for a group that is drawn again.
+    groups: an array a training seed."""
     rng, n = np.random.default_rng(seed), len(groups)
-    means = np.stack([g[rng.integers(0, len(g), (resamples, len(g)))].mean(1) for g in groups], 1)   # (resamples, seeds)
-    picked = np.take_along_axis(means, rng.integers(0, n, (resamples, n)), 1)
-    return [float(x) for x in np.percentile(picked.mean(1), [2.5, 97.5])]
+    picked = rng.integers(0, n, (resamples, n))
+    means = np.empty((resamples, n))
+    for k, g in enumerate(groups):
+        drawn = picked == k
+        means[drawn] = g[rng.integers(0, len(g), (int(drawn.sum()), len(g)))].mean(1)
+    return [float(x) for x in np.percentile(means.mean(1), [2.5, 97.5])]
 
 
 def joined(scores: Sequence[Mapping[str, Any]], family: str | None) -> dict[str, Any]:
@@ -70,7 +75,9 @@ def task_results(cells: Sequence[Cell], runs: Runs, first: Runs, alike: bool) ->
     scores = {name: [s["scores"][name] for s in done] for name in ("data", *MODES) if name in done[0]["scores"]}
     found = {name: joined(s, family) for name, s in scores.items()}
     return {**found, "metric": done[0]["scores"]["bc"]["metric"], "env_steps": min(s["env_steps"] for s in done), "updates": min(s["updates"] for s in done),
-            "wall_s": float(np.mean([s["wall_s"] for s in done])), "seeds_done": len(done), "seeds_wanted": len(cells),
+            "wall_s": float(np.mean([s["wall_s"] for s in done])), "own_start": cells[0].cfg.pretrain.start is None,
+            "phase_s": {name: float(np.mean([s["phase_s"].get(name, 0.0) for s in done])) for name in PHASES},
+            "seeds_done": len(done), "seeds_wanted": len(cells),
             "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in scores if mode in ("policy", "mpc")},
             "against_first": paired(*([acting(of[seed]) for seed in shared] for of in (runs, first))) if shared else None,
             "other_start": [seed for seed in both if seed not in shared],
@@ -114,7 +121,9 @@ def results(study: Study) -> dict[str, Any]:
     runs = {(t, m): finished(by[t, m]) for t in study.tasks for m in study.methods}
     methods = {m: {t: task_results(by[t, m], runs[t, m], runs[t, own], act_alike(by[t, m][0].cfg, by[t, own][0].cfg)) for t in study.tasks if runs[t, m]}
                for m in study.methods}
-    return {"study": study.to_dict(), "tasks": methods[own], "methods": methods, "over_tasks": over_tasks(methods),
+    settings = study.cells()[-1].cfg.eval
+    return {"study": study.to_dict(), "evaluation": {"episodes": settings.episodes, "every_episodes": settings.every_episodes},
+            "tasks": methods[own], "methods": methods, "over_tasks": over_tasks(methods),
             "command": command_line().replace(" --table", ""), "git": git_commit(), "machine": machine(), "versions": versions()}
 
 
@@ -150,6 +159,12 @@ def paired_cell(diff: Mapping[str, Any] | None) -> str:
     return f"{number(diff['mean'])} [{interval(diff['ci95'])}]{share}"
 
 
+def times_cell(entry: Mapping[str, Any]) -> str:
+    """Of the offline phase (behind "start +" where the start's comes to it), of the online one, and of evaluations."""
+    offline, online, evaluating = (duration(entry["phase_s"][name]) for name in PHASES)
+    return f"{'' if entry['own_start'] else 'start + '}{offline} / {online} / {evaluating}"
+
+
 def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Published | None) -> list[str]:
     """A table of one task: a row a method. paper: what is published of it."""
     have = {m: found[task] for m, found in methods.items() if task in found}
@@ -157,17 +172,20 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Publi
         return [f"## {task}", "", "no run is done yet", ""]
     own, first = next(iter(methods)), next(iter(have.values()))
     columns = ["method", "BC", "DP-only", "MPC-acting", "DP-only - BC, paired", *([f"acting - {own}'s, paired"] if len(methods) > 1 else []),
-               "normalised BC / DP / MPC", "env steps", "seeds", "wall time"]
-    lines = [f"## {task} ({first['metric']})", "", f"Data: {number(first['data']['mean'])} over {first['data']['episodes']:,} episodes.", "",
+               "normalised BC / DP / MPC", "env steps", "seeds", "time offline / online / evaluating"]
+    data = f"Data: {number(first['data']['mean'])}, {first['data']['episodes'] / first['data']['seeds']:,.0f} episodes for each training seed."
+    lines = [f"## {task} ({first['metric']})", "", data, "",
              f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, r in have.items():
-        cells = [name, score_cell(r["bc"]), score_cell(r["policy"], r["bc"]), score_cell(r.get("mpc"), r["bc"]),
+        base = None if r["own_start"] else r["bc"]
+        cells = [name, score_cell(r["bc"]), score_cell(r["policy"], base), score_cell(r.get("mpc"), base),
                  paired_cell(r["against_bc"]["policy"]), *([paired_cell(r["against_first"]) + MARK * bool(r["other_start"])] if len(methods) > 1 else []),
                  " / ".join(number(r[mode]["normalized"] if mode in r else None) for mode in MODES), f"{r['env_steps']:,}",
-                 f"{r['seeds_done']} of {r['seeds_wanted']}", duration(r["wall_s"])]
+                 f"{r['seeds_done']} of {r['seeds_wanted']}", times_cell(r)]
         lines.append("| " + " | ".join(cells) + " |")
     if any(r["other_start"] for r in have.values()):
         lines += ["", f"{MARK.strip()} data or BC are not those of {own} (other settings, or a start that was made again on another machine): not paired."]
+    lines += ["", f"Runs of commit {', '.join(sorted({git[:8] + git[40:] for r in have.values() for git in r['git']}))}."]
     if paper is not None:
         others = ", ".join(f"{method} {score}" for method, score in paper.others)
         lines += ["", f"Paper: BC {paper.bc}, MODIP {paper.modip}, {others}."]
@@ -175,17 +193,24 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Publi
 
 
 def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
-    lines = [f"# Study {found['study']['out']}", "", f"`{found['command']}`, git {found['git'][:12]}, {found['machine']['cpus']} cores", "",
+    apart = [name for name, tasks in found["methods"].items() if any(entry["own_start"] for entry in tasks.values())]
+    but = f", but {', '.join(apart)}: their BC is a policy of their own, and no times BC are given" if apart else ""
+    lines = [f"# Study {found['study']['out']}", "", f"`{found['command']}`, {found['machine']['cpus']} cores", "",
              f"{ROWS['bc']}: the diffusion policy before fine-tuning; DP-only: the same network after it; MPC-acting: the planner. Mean [95 % interval], times "
-             f"BC. All methods of a training seed go on from the same pre-training and are evaluated on the same seeds. Acting: the "
+             f"BC. All methods of a training seed go on from the same BC policy{but}. All are evaluated on the same seeds. Acting: the "
              f"planner, or the policy of a method without one. {NOTE}", ""]
     for task, settings in found["study"]["tasks"].items():
         lines += task_lines(task, found["methods"], published_for(task_of(task, settings)))
     if found["over_tasks"]:
-        lines += ["## All tasks", "", "Interquartile mean of normalised scores [95 % interval, stratified bootstrap over training seeds].", "",
+        tasks = next(iter(found["over_tasks"].values()))["bc"]["tasks"]
+        lines += [f"## Over {', '.join(tasks)}", "", "Interquartile mean of normalised scores [95 % interval, stratified bootstrap over training seeds].", "",
                   "| method | " + " | ".join(ROWS[mode] for mode in MODES) + " |", "|" + "---|" * (1 + len(MODES))]
         for method, modes in found["over_tasks"].items():
             shown = (f"{number(modes[m]['iqm'])} [{interval(modes[m]['ci95'])}]" if m in modes else "-" for m in MODES)
             lines.append(f"| {method} | " + " | ".join(shown) + " |")
         lines.append("")
+    if pictures:
+        way, end = found["evaluation"]["every_episodes"], found["evaluation"]["episodes"]
+        lines += [f"Curves: the mean over training seeds, shaded from the least to the greatest one. Of {way} episodes a seed on the way, of {end} at the end. "
+                  "Minutes are of the online phase, evaluations not counted.", ""]
     return "\n".join([*lines, *(f"![{name}]({name})" for name in pictures), ""])

@@ -1,19 +1,25 @@
 import numpy as np
+import pytest
 
-from modip_ray.study.curves import over_seeds
-
-
-def test_seeds_that_were_evaluated_at_other_steps_meet_where_the_least_often_evaluated_was():
-    often = {0: (1.0, 10.0), 20: (3.0, 30.0), 40: (5.0, 50.0), 50: (6.0, 60.0)}
-    seldom = {0: (3.0, 20.0), 30: (6.0, 20.0), 51: (9.0, 20.0)}
-    steps, wall, score, band = over_seeds([often, seldom])
-    np.testing.assert_allclose(steps, [0, 30, 51])
-    np.testing.assert_allclose(wall, [2, 5, 7.5])                   # beyond a seed's last evaluation, by little, that one counts
-    np.testing.assert_allclose(score, [15, 30, 40])
-    np.testing.assert_allclose(band, [[10, 20], [20, 40], [20, 60]])
+from modip_ray.config import load
+from modip_ray.study.curves import Drawn, draw, due, over_seeds
 
 
-def test_a_curve_ends_where_the_seed_that_is_behind_does():
-    steps, _, score, _ = over_seeds([{0: (0.0, 1.0), 20: (1.0, 3.0)}, {0: (0.0, 1.0), 19: (1.0, 1.0), 40: (2.0, 9.0)}])
-    np.testing.assert_allclose(steps, [0, 20])
-    assert score[0] == 1 and 2 < score[1] < 2.5
+def test_a_curve_has_the_points_where_every_seed_was_evaluated():
+    steps, score, band = over_seeds([{0: (0, 10.0), 20: (21, 30.0), 40: (40, 50.0), 50: (50, 60.0)}, {0: (0, 20.0), 20: (23, 20.0), 50: (50, 20.0)}])
+    np.testing.assert_allclose(steps, [0, 22, 50])
+    np.testing.assert_allclose(score, [15, 25, 40])
+    np.testing.assert_allclose(band, [[10, 20], [20, 30], [20, 60]])
+
+
+@pytest.mark.parametrize("every, at", [(20_000, {0: 0, 20_195: 20_000, 45_008: 40_000, 50_003: 50_000}), (0, {0: 0, 50_000: 50_000})])
+def test_evaluations_belong_to_the_step_that_they_were_due_at(every, at):
+    cfg = load(overrides=["online.env_steps=50000", f"eval.every_steps={every}"])
+    assert {step: due(step, cfg) for step in at} == at
+
+
+def test_time_is_drawn_of_what_has_finished_and_the_metric_is_named():
+    curve = {0: (0, 1.0), 30: (30, 2.0)}
+    drawn = {("a", "mpc"): Drawn([curve], 2.0, "success"), ("a", "policy"): Drawn([curve, curve], None, "success")}
+    left, right = draw("lift", ["a"], drawn).axes
+    assert left.get_ylabel() == "success" and len(left.lines) == 2 and [line.get_xdata().tolist() for line in right.lines] == [[0.0, 1.0]]

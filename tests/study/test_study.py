@@ -41,7 +41,8 @@ def put_summary(cell, bc: float, policy: float, mpc: float, rng: np.random.Gener
                         "seeds": list(range(20)), "normalized": None, "also": {}}
     cell.folder.mkdir(parents=True, exist_ok=True)
     (cell.folder / "summary.json").write_text(json.dumps({"task": cell.task, "scores": scores, "env_steps": 400, "updates": 160, "wall_s": 60.0,
-                                                          "config_hash": cell.cfg.hash(), "git": "abc"}))
+                                                          "phase_s": {"pretrain": 5.0, "online": 40.0, "eval": 10.0},
+                                                          "config_hash": cell.cfg.hash(), "git": 40 * "a" + "+changes"}))
 
 
 def test_every_seed_has_one_start_that_its_methods_share(tmp_path):
@@ -107,6 +108,14 @@ def test_interval_covers_the_spread_between_seeds():
     assert low < 7 and high > 13
 
 
+def test_the_episodes_of_a_seed_that_is_drawn_again_are_drawn_again():
+    """Three seeds that differ in nothing: the mean of the drawn ones varies as that of 3 x 50 episodes (a seed that is drawn twice with the same episodes
+    makes it 5/3 of that)."""
+    values = np.random.default_rng(0).normal(10, 1, 50)
+    low, high = nested_ci([values] * 3, 20_000)
+    assert (high - low) / 2 / 1.96 == pytest.approx(values.std() / 150 ** 0.5, rel=0.05)
+
+
 def test_tables_of_finished_runs(tmp_path):
     s, rng = study(tmp_path), np.random.default_rng(0)
     for cell in s.cells():
@@ -123,7 +132,17 @@ def test_tables_of_finished_runs(tmp_path):
     assert other["seeds_done"] == 1 and found["over_tasks"] == {} and entry["against_first"] is None
     assert other["against_first"]["mean"] == pytest.approx(other["mpc"]["mean"] - entry["mpc"]["by_seed"][0])       # of the seed that both have
     text = markdown(found, [])
-    assert "1 of 2" in text and "1.50 x" in text and "Paper: BC 5108" in text
+    assert "1 of 2" in text and "1.50 x" in text and "Paper: BC 5108" in text and "start + 0:05 / 0:40 / 0:10" in text and "commit aaaaaaaa+changes." in text
+    assert "20 episodes for each training seed" in text and "Curves:" not in text and "times BC are given" not in text
+
+
+def test_what_trains_its_own_policy_is_not_said_in_times_of_its_bc(tmp_path):
+    s = study(tmp_path, methods={"modip": {}, "mlp": {"policy.kind": "gaussian", "pretrain.start": None}})
+    for cell in s.cells():
+        put_summary(cell, 100, 120, 150, np.random.default_rng(0))
+    text = markdown(results(s), ["curves.png"])
+    row = next(line for line in text.splitlines() if line.startswith("| mlp "))
+    assert " x" not in row and "| 0:05 / 0:40 / 0:10 |" in row and "same BC policy, but mlp: their BC is a policy of their own" in text and "Curves:" in text
 
 
 def test_a_study_goes_on_from_what_was_kept(tmp_path, monkeypatch):
