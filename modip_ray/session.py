@@ -170,7 +170,7 @@ class Session:
         if returns:
             metrics["rollout/return"] = sum(returns) / len(returns)
         self.log.write({"kind": "train", **self.position(), **metrics})
-        self.distilled = metrics.get("distill/share", self.distilled)
+        self.distilled = metrics.get("distill/share_of_plans", self.distilled)
 
     distilled: float | None = None
 

@@ -28,3 +28,9 @@ def imitation_weights(cfg: Config, online: Tensor, gain: Tensor, advantage: Tens
         return (advantage > d.min_gain).float()
     weight = (advantage - d.min_gain if d.rule == "positive" else (d.beta * advantage).exp()).clamp(0.0, 20.0)
     return weight / weight.mean().clamp(min=1e-6)
+
+
+def share_of_plans(cfg: Config, online: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
+    """Share () of the accepted plans among the rows (B,) that are imitated; NaN where there is none."""
+    accepted = online & (gain > cfg.guard.min_gain)
+    return ((weight > 0) & accepted).sum() / accepted.sum()

@@ -20,7 +20,7 @@ from modip_ray.baselines.dsrl import SteeredPolicy
 from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
 from modip_ray.learning.adam import Adam
-from modip_ray.learning.distill import imitation_weights
+from modip_ray.learning.distill import imitation_weights, share_of_plans
 from modip_ray.learning.guard import UpdateGuard
 from modip_ray.learning.limiter import STREAMS, Stream, updates_per_step
 from modip_ray.learning.parallel import ALONE, Replicas
@@ -211,6 +211,8 @@ class Learner:
             chunk, mask, planned = self.reanalyze(obs, chunk, mask, b["online"], self.env_steps())
             weight = torch.where(planned, 1.0, weight)
             metrics["distill/reanalyzed"] = planned.float().mean()
+        if distil:
+            metrics["distill/share_of_plans"] = share_of_plans(self.cfg, b["online"], b["gain"], weight)
         t = torch.randint(self.policy.denoising_steps, (len(obs),), generator=self.rng, device=self.device)
         noise = torch.randn(chunk.shape, generator=self.rng, device=self.device)
         total = self.replicas.share((weight[:, None] * mask).sum())
@@ -266,11 +268,11 @@ class Learner:
 
 
 def mean_metrics(rows: Iterable[Metrics]) -> dict[str, float]:
-    """Means over the updates that were not skipped, read from the device once; {} where there is none."""
+    """Means over the updates that were not skipped, of those where it is a number, read from the device once; {} where there is none."""
     rows = list(rows)
     if not rows:
         return {}
     names = [k for k in rows[0] if k != SKIPPED]
     table = torch.stack([torch.stack([r[k].float() for r in rows]) for k in (*names, SKIPPED)]).cpu()           # (metrics + 1, rows)
     good = table[:-1, table[-1] == 0]
-    return dict(zip(names, good.mean(1).tolist(), strict=True)) if good.shape[1] else {}
+    return {name: mean for name, mean in zip(names, good.nanmean(1).tolist(), strict=True) if not math.isnan(mean)}

@@ -44,20 +44,25 @@ class PlanProbe:
 
     def __init__(self, planner: Planner, seed: int):
         self.planner, self.cfg, self.seed = planner, planner.cfg, seed
-        self.plans: dict[int, list[np.ndarray]] = {}            # by slot, (H, Da) each, raw units
+        self.plans: dict[int, list[np.ndarray]] = {}            # by slot, (H, Da) each, raw units: what is executed, be it a plan or the policy's proposal
+        self.acted: dict[int, list[bool]] = {}                  # by slot: the guard let the plan through
 
     def add(self, slots: np.ndarray, plan: Plan) -> None:
-        for slot, sequence in zip(slots.tolist(), plan.plans, strict=True):
+        for slot, sequence, gain in zip(slots.tolist(), plan.plans, plan.gains.tolist(), strict=True):
             self.plans.setdefault(slot, []).append(sequence)
+            self.acted.setdefault(slot, []).append(gain > self.cfg.guard.min_gain)
 
     @torch.inference_mode()
     def measure(self, episodes: Sequence[Episode]) -> Probed:
         """At up to DECISIONS decisions:
 
-        plan_pred, plan_return : return that was predicted for the executed plan, and the discounted one that followed, bootstrapped by V at a time limit
-        plan_spread, plan_spread_rejected : std over critic members of the gain over the policy's proposals: of the plan; of candidates that are no elites, mean
+        plan_pred, plan_return : return that was predicted for what was executed, and the discounted one that followed, bootstrapped by V at a time limit
+        plan_acted             : 1 where that is the refined plan, 0 where the guard had the policy's own proposal executed
+        plan_spread, plan_spread_rejected : std over critic members of the gain over the policy's proposals: of the refined plan; of candidates that are no
+            elites, mean
         plan_candidates_std    : std over candidates of their mean gain
-        plan_distance, proposal_distance : root mean square difference (actions in -1..1) of the plan from the nearest proposal; of proposals from each other
+        plan_distance, proposal_distance : root mean square difference (actions in -1..1) of the refined plan from the nearest proposal; of proposals from
+            each other
         """
         agent, gamma, c = self.planner.agent, self.cfg.critic.gamma, self.cfg.planner.n_action_steps
         norm, device = agent.normalizer, self.planner.device
@@ -72,7 +77,8 @@ class PlanProbe:
         with search.precision():
             predicted = search.returns(agent.world_model.encode(s), plans[:, None]).mean(0)[:, 0]                              # (B,)
         followed = self.realised(episodes, gamma)
-        found = {"plan_pred": predicted, "plan_return": torch.tensor([followed[j][k * c] for j, k in chosen])}
+        found = {"plan_pred": predicted, "plan_return": torch.tensor([followed[j][k * c] for j, k in chosen]),
+                 "plan_acted": torch.tensor([self.acted[j][k] for j, k in chosen])}
         found |= self.look_again(s, warm, has_warm)
         return {name: [round(v, 5) for v in values.float().tolist()] for name, values in found.items()}
 
@@ -101,14 +107,15 @@ class PlanProbe:
             return torch.randn(shape, generator=rng, device=device)
         noise = Noise(normal(len(s), p.proposals, policy.horizon, policy.action_dim), normal(len(s), p.iterations, p.gaussian, p.horizon, policy.action_dim))
         search, scored = watched(self.planner.search)
-        plan = search(s, noise, warm, has_warm, torch.tensor(self.planner.trust_region(), device=device)).plan
+        search(s, noise, warm, has_warm, torch.tensor(self.planner.trust_region(), device=device))
+        refined, proposals = scored[-1][0][:, 0], scored[0][0][:, : p.proposals]    # (B, H, Da), whether the guard accepts it or not; (B, P, H, Da)
         members = torch.cat([m for _, m in scored], -1)                             # (E, B, N+1), the refined plan last
         gain = members - members[..., : p.proposals].mean(-1, keepdim=True)
         spread = gain.std(0) if len(gain) > 1 else torch.full_like(gain[0], torch.nan)                                         # (B, N+1)
         scores = search.guarded_gain(members, members[..., : p.proposals].mean(-1))[:, :-1]
         no_elite = torch.ones_like(scores, dtype=torch.bool).scatter(1, scores.topk(min(p.elites, scores.shape[1])).indices, False)
         return {"plan_spread": spread[:, -1], "plan_spread_rejected": spread[:, :-1].where(no_elite, torch.nan).nanmean(1),
-                "plan_candidates_std": gain[..., :-1].mean(0).std(1), **distances(plan, scored[0][0][:, : p.proposals])}
+                "plan_candidates_std": gain[..., :-1].mean(0).std(1), **distances(refined, proposals)}
 
 
 def distances(plan: Tensor, proposals: Tensor) -> dict[str, Tensor]:
@@ -121,7 +128,8 @@ def distances(plan: Tensor, proposals: Tensor) -> dict[str, Tensor]:
 
 
 def summary(parts: Iterable[Probed]) -> dict[str, object]:
-    """Of all jobs of an evaluation, for the diagnostics row: both returns by decision, their correlation and mean difference, means of the rest; {} of none."""
+    """Of all jobs of an evaluation, for the diagnostics row: both returns by decision and whether a plan was acted on, correlation and mean difference of the
+    returns, means of the rest; {} of none."""
     parts = [part for part in parts if part]
     if not parts:
         return {}
@@ -129,5 +137,6 @@ def summary(parts: Iterable[Probed]) -> dict[str, object]:
     predicted, followed = values["plan_pred"], values["plan_return"]
     known = len(predicted) > 1 and predicted.std() > 0 and followed.std() > 0
     means = {name: float(values[name][np.isfinite(values[name])].mean()) if np.isfinite(values[name]).any() else None for name in SCALARS}
-    return {"plan_pred": predicted, "plan_return": followed, "plan_corr": float(np.corrcoef(predicted, followed)[0, 1]) if known else None,
+    return {"plan_pred": predicted, "plan_return": followed, "plan_acted": values["plan_acted"].astype(int),
+            "plan_corr": float(np.corrcoef(predicted, followed)[0, 1]) if known else None,
             "plan_bias": float((predicted - followed).mean()), **means}

@@ -54,7 +54,7 @@ def render(runs: Sequence[RunData]) -> str:
     else:
         each = [f'<details class="run"><summary>All of {esc(name)}</summary>' + header(run, 'h2 class="run-title"') + run_sections(run) + "</details>"
                 for name, run in zip(names_of(runs), runs, strict=True)]
-        body = f"<h1>MODIP: {len(runs)} runs</h1>" + comparison(runs) + "".join(each)
+        body = f"<h1>{len(runs)} runs</h1>" + comparison(runs) + "".join(each)
     title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs"
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -75,7 +75,7 @@ def header(run: RunData, tag: str) -> str:
     facts += [f"{duration(wall)} wall time"] if wall is not None else []
     facts += [f"resumed {len(run.resumes)} time{'s' if len(run.resumes) > 1 else ''}"] if run.resumes else []
     why = "" if run.finished else missing(UNFINISHED)
-    return f'<{tag}>MODIP on {name} {badge}</{tag.split()[0]}><p class="note">{" · ".join(facts)}</p>{why}{sections.tiles(run)}'
+    return f'<{tag}>{run.method} on {name} {badge}</{tag.split()[0]}><p class="note">{" · ".join(facts)}</p>{why}{sections.tiles(run)}'
 
 
 def run_sections(run: RunData) -> str:

@@ -22,10 +22,11 @@ MEASURED = (                        # title, highest value, (key of the diagnost
     ("disagreement of the value ensemble", None, (
         ("plan_spread", "about the chosen plan", "mpc"), ("plan_spread_rejected", "about rejected candidates", "policy"),
         ("plan_candidates_std", "for scale: how far the candidates' gains are apart", "bc"))),
-    ("share of plans", 1.0, (("plan_share_accepted", "acted on", "mpc"), ("plan_share_distilled", "of a policy batch distilled", "policy"))),
+    ("share of plans", 1.0, (("plan_share_accepted", "acted on", "mpc"), ("plan_share_distilled", "imitated, of those acted on", "policy"))),
     ("distance from the DP's proposals, actions in \u22121..1", None, (
         ("plan_distance", "plan to the nearest proposal", "mpc"), ("proposal_distance", "for scale: proposal to the nearest other", "bc"))),
 )
+STYLES = ("solid", "dashed", "dotted")      # of a chart's lines, so that one may lie on another
 NOTE = (
     "Measured in the planner's evaluation episodes, gains and shares on the newest training data. Returns are discounted. A prediction that runs ahead of what "
     "follows, or gains of candidates no further apart than the ensemble disagrees about them, mean that the planner chooses among errors. "
@@ -36,8 +37,8 @@ NOTE = (
 def planner(run: RunData) -> str:
     """Predicted against realised return of plans at the start and the end, and the plan statistics over environment steps."""
     title, rows = "Planner and distillation", run.of_kind("diagnostics")
-    charts = [chart_of([Line(label, color, *points) for key, label, color in keys if len((points := measured(rows, key))[0])], name, STEPS,
-                       len(keys) > 1, level=0.0, top=top) for name, top, keys in MEASURED]
+    charts = [chart_of([Line(label, color, *points, STYLES[i]) for i, (key, label, color) in enumerate(keys) if len((points := measured(rows, key))[0])], name,
+                       STEPS, len(keys) > 1, level=0.0, top=top) for name, top, keys in MEASURED]
     gain = realised_gain(run.rows)
     charts.insert(3, chart_of([gain] if gain else [], GAIN, STEPS, level=0.0))
     if not any(charts):
@@ -61,10 +62,17 @@ def returns_of_plans(rows: Sequence[Mapping]) -> str:
         pairs, corr, bias = pairs_of(row), row.get("plan_corr"), row.get("plan_bias")
         facts = [f"Correlation {'unknown' if corr is None else f'{corr:.2f}'}"]
         facts += [f"predictions are {number(abs(bias))} too {'high' if bias > 0 else 'low'} on average"] if bias is not None else []
-        svg = plots.calibration(*zip(*pairs, strict=True), low, high, "mpc", label=f"Predicted against realised return of plans, {when}",
+        acted = acted_on(row, len(pairs))
+        svg = plots.calibration(*zip(*pairs, strict=True), low, high, "mpc", marked=acted, label=f"Predicted against realised return of plans, {when}",
                                 xlabel="predicted return of the plan")
-        charts.append(f"<div><h3>Plans {when}</h3>{figure(svg, '; '.join([*facts, f'{len(pairs)} plans.']))}</div>")
-    return f'{legend([("predicted = realised", "muted", "dashed")])}<div class="charts">{"".join(charts)}</div>'
+        charts.append(f"<div><h3>Plans {when}</h3>{figure(svg, '; '.join([*facts, f'{len(pairs)} decisions, {sum(acted)} acted on a plan.']))}</div>")
+    keys = [("acted on a plan", "mpc", "solid"), ("the policy's own proposal", "bc", "solid"), ("predicted = realised", "muted", "dashed")]
+    return f'{legend(keys)}<div class="charts">{"".join(charts)}</div>'
+
+
+def acted_on(row: Mapping, n: int) -> list[bool]:
+    """Which of the n decisions executed a plan that the guard let through; all, in rows of earlier versions, which did not say."""
+    return [bool(v) for v in row.get("plan_acted") or [True] * n]
 
 
 def pairs_of(row: Mapping) -> list[tuple[float, float]]:

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from modip_ray.report.scores import ROWS, metric_of
 from modip_ray.report.svg import COLORS, chart, new_axes, number_axes, thin
 
+FARTHEST = 4.0      # times BC
 MAX_SNAPSHOTS = 5  # shades of the horizon chart
 DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 
@@ -128,11 +129,14 @@ def horizon_legend(snapshots: Sequence[Mapping]) -> list[tuple[str, str, str]]:
 
 
 @chart
-def calibration(predicted: Sequence[float], realised: Sequence[float], low: float, high: float, color: str, xlabel: str = "predicted value") -> Figure:
-    """Prediction against the realised discounted return, both from low to high; the line is perfect calibration."""
+def calibration(predicted: Sequence[float], realised: Sequence[float], low: float, high: float, color: str, xlabel: str = "predicted value",
+                marked: Sequence[bool] | None = None) -> Figure:
+    """Prediction against the realised discounted return, both from low to high; the line is perfect calibration. Points not `marked` have BC's colour."""
     figure, axes = new_axes(4.0, 3.8)
     axes.plot([low, high], [low, high], color=COLORS["muted"], linewidth=1.1, linestyle="--")
-    axes.scatter(predicted, realised, s=11, color=COLORS[color], alpha=0.5, linewidths=0)
+    for shown, of_these in ((color, True), ("bc", False)):
+        points = [pair for pair, own in zip(zip(predicted, realised, strict=True), marked or [True] * len(predicted), strict=True) if own is of_these]
+        axes.scatter([p for p, _ in points], [r for _, r in points], s=11, color=COLORS[shown], alpha=0.5, linewidths=0)
     pad = 0.04 * (high - low or 1.0)
     axes.set_xlim(low - pad, high + pad)
     axes.set_ylim(low - pad, high + pad)
@@ -165,7 +169,7 @@ def series(rows: Sequence[Mapping], key: str, title: str, x_key: str) -> Figure:
 
 @chart
 def ratio_to_bc(runs: Sequence[tuple[str, Mapping[str, Mapping]]]) -> Figure:
-    """Several runs: each one's data, BC, DP-only and MPC over its own BC, with 95 % intervals."""
+    """Several runs: each one's data, BC, DP-only and MPC over its own BC, with 95 % intervals; what is beyond FARTHEST as an arrow with its number."""
     figure, axes = new_axes(4.8, 0.8 + 0.55 * len(runs))
     for index, (_, scores) in enumerate(runs):
         base = scores.get("bc", {}).get("mean")
@@ -177,8 +181,11 @@ def ratio_to_bc(runs: Sequence[tuple[str, Mapping[str, Mapping]]]) -> Figure:
                 continue
             y = index + offset
             if score.get("ci95") and None not in score["ci95"]:
-                axes.plot(np.array(score["ci95"]) / base, [y, y], color=COLORS[name], linewidth=2)
-            axes.plot([score["mean"] / base], [y], color=COLORS[name], marker="o", linestyle="none")
+                axes.plot(np.minimum(np.array(score["ci95"]) / base, FARTHEST), [y, y], color=COLORS[name], linewidth=2)
+            beyond = score["mean"] / base > FARTHEST
+            axes.plot([min(score["mean"] / base, FARTHEST)], [y], color=COLORS[name], marker=">" if beyond else "o", linestyle="none")
+            if beyond:
+                axes.annotate(f"{score['mean'] / base:.1f}", (FARTHEST, y), (5, 0), textcoords="offset points", va="center", color=COLORS[name], fontsize=8)
     axes.axvline(1.0, color=COLORS["bc"], linewidth=1, linestyle="--")
     axes.set_yticks(range(len(runs)), [name for name, _ in runs])
     axes.set_ylim(len(runs) - 0.5, -0.5)

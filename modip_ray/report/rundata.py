@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modip_ray.report.metrics import live_rows, read_metrics
-from modip_ray.report.scores import run_title, scores_from_rows
+from modip_ray.report.scores import method_of, run_title, scores_from_rows
 from modip_ray.timing import Snapshot, merge_snapshots
 
 
@@ -49,6 +49,10 @@ class RunData:
     @property
     def title(self) -> str:
         return run_title(self.task, self.env_id) or self.path.name
+
+    @property
+    def method(self) -> str:
+        return method_of(self.config)
 
     @property
     def scores(self) -> dict[str, dict]:

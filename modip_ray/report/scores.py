@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from modip_ray.report.published import NOTE, published_for
 
 ROWS = {"data": "data", "bc": "BC", "policy": "DP-only", "mpc": "MPC"}
 MEANING = {
     "data": "episodes of the offline dataset",
-    "bc": "the diffusion policy before fine-tuning",
-    "policy": "the diffusion policy acting alone, after fine-tuning",
-    "mpc": "the planner acting, with the diffusion policy's proposals",
+    "bc": "the policy before fine-tuning",
+    "policy": "the policy acting alone, after fine-tuning",
+    "mpc": "the planner acting, with the policy's proposals",
 }
+FEW = 10                        # episodes below which no verdict is given: an interval of so few is little more than their range
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """What a run's settings (dotted names) make of it: MODIP, or the rival of configs/studies/rivals.yaml."""
+    if config.get("method") == "dppo":
+        return "DPPO"
+    kind = {"tdmpc2": "TD-MPC2", "dsrl": "DSRL"}.get(str(config.get("policy.kind")))
+    if kind is None and config.get("planner.kind") == "action_values":
+        kind = "DQL" if config.get("distill.q_weight") else "PA-RL"
+    return kind or "MODIP"
 
 
 def number(value: float | None, digits: int | None = None) -> str:
@@ -56,9 +68,9 @@ def ratio(scores: Mapping[str, Mapping], name: str) -> float | None:
 
 
 def verdict(scores: Mapping[str, Mapping], name: str) -> str:
-    """'above BC, intervals apart', 'below BC, intervals apart', 'intervals overlap', or '' where it cannot be said."""
+    """'above BC, intervals apart', 'below BC, intervals apart', 'intervals overlap', or '' where it cannot be said, of few episodes too."""
     ours, base = scores.get(name, {}).get("ci95"), scores.get("bc", {}).get("ci95")
-    few = any(scores.get(mode, {}).get("episodes") == 1 for mode in (name, "bc"))     # the interval of one episode is a point
+    few = any((scores.get(mode, {}).get("episodes") or FEW) < FEW for mode in (name, "bc"))
     if name in ("bc", "data") or few or not ours or not base or None in (*ours, *base):
         return ""
     if ours[0] > base[1]:
@@ -81,10 +93,11 @@ def also_measured(scores: Mapping[str, Mapping]) -> list[str]:
     return list(next((s["also"] for s in scores.values() if s.get("also")), {}))
 
 
-def score_cells(scores: Mapping[str, Mapping], task: str, env_id: str) -> list[dict[str, str]]:
-    """One dict of display strings per present score, in the order data, BC, DP-only, MPC."""
+def score_cells(scores: Mapping[str, Mapping], task: str, env_id: str, method: str = "MODIP") -> list[dict[str, str]]:
+    """One dict of display strings per present score, in the order data, BC, DP-only, MPC. method: whose published score stands beside how it acts."""
     paper = published_for(task, env_id)
-    beside = {"bc": paper.bc, "mpc": paper.modip} if paper else {}
+    published = {"MODIP": paper.modip, **dict(paper.others)}.get(method, "") if paper else ""
+    beside = {"bc": paper.bc if paper else "", "mpc" if "mpc" in scores else "policy": published}
     cells = []
     for name, label in ROWS.items():
         score = scores.get(name)
@@ -95,7 +108,7 @@ def score_cells(scores: Mapping[str, Mapping], task: str, env_id: str) -> list[d
             "name": name,
             "label": label,
             "mean": number(score.get("mean")),
-            "ci95": interval(score.get("ci95")),
+            "ci95": interval(score.get("ci95") if score.get("episodes") != 1 else None),
             "normalized": number(score.get("normalized")),
         }
         cell |= {"ratio": "-" if times is None else f"{times:.2f}", "verdict": verdict(scores, name), "episodes": str(score.get("episodes") or "-")}
@@ -108,7 +121,7 @@ def final_table(summary: Mapping) -> str:
     """The table printed when a run ends; `summary` as in summary.json, parts of it may be absent."""
     task, env_id = str(summary.get("task", "")), str(summary.get("env_id", ""))
     scores = summary.get("scores") or {}
-    cells = score_cells(scores, task, env_id)
+    cells = score_cells(scores, task, env_id, str(summary.get("algorithm", "MODIP")))
     if not cells:
         return f"{run_title(task, env_id) or 'run'}: no scores yet"
     paper = published_for(task, env_id)

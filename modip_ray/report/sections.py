@@ -20,7 +20,7 @@ EMBED_LIMIT = 4 * 1024 * 1024  # bytes of video kept inside the page
 
 def tiles(run: RunData) -> str:
     """MPC, DP-only, BC and data as large numbers."""
-    cells = {cell["name"]: cell for cell in score_cells(run.scores, run.task, run.env_id)}
+    cells = {cell["name"]: cell for cell in score_cells(run.scores, run.task, run.env_id, run.method)}
     parts = []
     for name in ("mpc", "policy", "bc", "data"):
         cell = cells.get(name)
@@ -38,7 +38,7 @@ def tiles(run: RunData) -> str:
 
 
 def score_table(run: RunData) -> str:
-    cells = score_cells(run.scores, run.task, run.env_id)
+    cells = score_cells(run.scores, run.task, run.env_id, run.method)
     if not cells:
         return section("Scores", missing("No scores yet: metrics.jsonl holds no row of kind 'data' or 'eval'. The first evaluation follows pre-training."))
     paper = published_for(run.task, run.env_id)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modip_ray.config import load
-from modip_ray.learning.learner import Learner
+from modip_ray.learning.learner import SKIPPED, Learner, mean_metrics
 from modip_ray.learning.replay import MixedReplay, ReplayBuffer, Segment
 from modip_ray.model.agent import Agent
 from modip_ray.model.hardware import compiled_beside
@@ -259,6 +259,9 @@ def test_realised_advantages_by_hand():
     b = {k: torch.from_numpy(v) for k, v in batch.items()}
     assert learner.weights(b, learner.agent.normalizer.obs(b["obs"])).tolist() == [0, 1, 0, 1]
     assert float(learner.update_policy(batch, distil=True)["distill/share"]) == 0.5
+    batch["gain"] = np.array([1.0, -1.0, np.nan, 2.0], np.float32)                      # of four rows two plans were accepted, and one of them turned out well
+    shares = [learner.update_policy(batch | {"online": online}, distil=True)["distill/share_of_plans"] for online in (np.ones(4, bool), np.zeros(4, bool))]
+    assert float(shares[0]) == 0.5 and shares[1].isnan()
     assert float(learner.update_policy(batch, distil=False)["distill/share"]) == 1.0
 
 
@@ -270,6 +273,12 @@ def test_every_rule_updates_on_mixed_batches(rule, parametrization):
     out = learner.update_policy(mixed.chunks(64, 2, 3, 0.5), distil=True)
     assert np.isfinite(float(out["loss/policy"])) and 0 <= float(out["distill/share"]) <= 1
     assert all(torch.isfinite(p).all() for p in learner.policy.parameters())
+
+
+def test_means_are_of_the_updates_that_have_a_number_and_were_not_skipped():
+    rows = [{"a": torch.tensor(a), "b": torch.tensor(b), "c": torch.tensor(math.nan), SKIPPED: torch.tensor(s)}
+            for a, b, s in ((1.0, 2.0, 0.0), (3.0, math.nan, 0.0), (90.0, 90.0, 1.0))]
+    assert mean_metrics(rows) == {"a": 2.0, "b": 2.0} and mean_metrics(rows[2:]) == {} == mean_metrics([])
 
 
 # ---- compiled beside

@@ -60,7 +60,7 @@ def test_predictions_are_those_of_the_executed_plans_and_the_planner_does_not_no
     planner, probe = probe_of(agent, episodes)
     state, warm = planner.rng.get_state(), planner.warm.table.clone()
     found = probe.measure(episodes)
-    assert set(found) == {"plan_pred", "plan_return", *SCALARS} and all(len(v) == 19 for v in found.values())
+    assert set(found) == {"plan_pred", "plan_return", "plan_acted", *SCALARS} and all(len(v) == 19 for v in found.values())
     assert torch.equal(planner.rng.get_state(), state) and torch.equal(planner.warm.table, warm)
     z = agent.world_model.encode(agent.normalizer.obs(torch.as_tensor(episodes[1].observations[2:3])))
     plan = agent.normalizer.action(torch.as_tensor(probe.plans[1][2]))[None, None]
@@ -80,6 +80,15 @@ def test_all_candidates_of_a_search_are_kept_and_its_plan_is_the_same(agent):
     with torch.inference_mode():
         assert torch.equal(search(*arguments).plan, planner.search(*arguments).plan)
     assert [a.shape[1] for a, _ in scored] == [p.proposals + 1, *([p.gaussian] * p.iterations), 1]
+
+
+def test_what_is_said_of_refined_plans_does_not_depend_on_whether_the_guard_lets_them_through(agent):
+    """With a gain that no plan has, the policy's own proposal is executed, whose distance from itself would be 0."""
+    episodes = [episode(12, True)]
+    never, always = (probe_of(agent, episodes, small(critic__gamma=0.9, guard__min_gain=least))[1].measure(episodes) for least in (1e9, -1e9))
+    assert never["plan_acted"] == [0.0] * 12 and always["plan_acted"] == [1.0] * 12
+    first = 0                                                       # later ones begin from another last plan
+    assert never["plan_distance"][first] == always["plan_distance"][first] > 0 and never["plan_spread"][first] == always["plan_spread"][first]
 
 
 def test_distances_by_hand():
@@ -108,9 +117,10 @@ def test_an_evaluation_measures_plans_in_mpc_mode_only(agent):
 
 
 def test_summary_joins_the_jobs():
-    part = {"plan_pred": [1.0, 2.0], "plan_return": [0.0, 3.0], **{name: [1.0, 3.0] for name in SCALARS}}
-    other = {"plan_pred": [3.0], "plan_return": [6.0], **{name: [float("nan")] for name in SCALARS}}
+    part = {"plan_pred": [1.0, 2.0], "plan_return": [0.0, 3.0], "plan_acted": [1.0, 0.0], **{name: [1.0, 3.0] for name in SCALARS}}
+    other = {"plan_pred": [3.0], "plan_return": [6.0], "plan_acted": [1.0], **{name: [float("nan")] for name in SCALARS}}
     row = summary([part, {}, other])
-    assert row["plan_pred"].tolist() == [1.0, 2.0, 3.0] and row["plan_corr"] == pytest.approx(1.0) and row["plan_bias"] == -1.0
+    assert row["plan_pred"].tolist() == [1.0, 2.0, 3.0]
+    assert row["plan_acted"].tolist() == [1, 0, 1] and row["plan_corr"] == pytest.approx(1.0) and row["plan_bias"] == -1.0
     assert all(row[name] == 2.0 for name in SCALARS)
     assert summary([]) == summary([{}]) == {} and summary([other])["plan_corr"] is None and summary([other])["plan_spread"] is None

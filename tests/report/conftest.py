@@ -42,7 +42,8 @@ def diagnostics(rng: np.random.Generator, phase: str, steps: int) -> dict:
         "latent_r2": 1 - (0.02 + 0.01 * (1 - progress)) * horizon**1.4, "reward_r2": 1 - (0.01 + 0.012 * (1 - progress)) * horizon**1.3,
         "value_pred": predicted, "value_return": truth, "value_corr": np.corrcoef(predicted, truth)[0, 1],
         "plan_gain_mean": 3.0 + 4 * progress, "plan_share_distilled": 0.3 + 0.4 * progress, "plan_share_accepted": 0.9,
-        "plan_pred": truth[:128] + 9, "plan_return": truth[:128], "plan_corr": 0.95, "plan_bias": 9.0, "plan_spread": 0.2, "plan_spread_rejected": 0.15,
+        "plan_pred": truth[:128] + 9, "plan_return": truth[:128], "plan_corr": 0.95, "plan_bias": 9.0,
+        "plan_acted": [1, 1, 0, 1] * 32, "plan_spread": 0.2, "plan_spread_rejected": 0.15,
         "plan_candidates_std": 0.6, "plan_distance": 0.1, "proposal_distance": 0.05,
     }  # fmt: skip
 

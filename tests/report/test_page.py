@@ -6,8 +6,11 @@ import pytest
 
 from modip_ray.report import MetricsLog, plots, svg
 from modip_ray.report.page import write_report
+from modip_ray.report.plots import ratio_to_bc
 from modip_ray.report.published import published_for
 from modip_ray.report.rundata import flatten, load_run, role_times
+from modip_ray.report.scores import final_table, method_of, score_cells, verdict
+from modip_ray.study.spec import load_study
 
 TITLES = ["Scores", "Learning curves", "Video", "World-model error by horizon", "Value calibration"]
 TITLES += ["Planner and distillation", "Losses", "System", "Where the time went", "Configuration and versions"]
@@ -181,3 +184,31 @@ def test_the_summary_of_a_run_that_is_prolonged_is_not_its_own(make_run):
         config.write("\nonline: {env_steps: 1000000000}\n")
     longer = load_run(folder)
     assert not longer.finished and longer.scores["mpc"]["episodes"] != 20, "the latest periodic one"
+
+
+def test_a_rivals_page_has_its_name_and_its_own_published_score():
+    rival = {"scores": {"bc": {"mean": 80.0, "episodes": 50}, "policy": {"mean": 500.0, "episodes": 50}, "mpc": {"mean": 300.0, "episodes": 50}}}
+    assert [cell["paper"] for cell in score_cells(rival["scores"], "hopper-medium", "Hopper-v4", "TD-MPC2")] == ["3050 \u00b1 90", "", "2129"]
+    del rival["scores"]["mpc"]
+    assert [cell["paper"] for cell in score_cells(rival["scores"], "hopper-medium", "Hopper-v4", "DPPO")] == ["3050 \u00b1 90", "1612"]
+    assert "13775" not in final_table({**rival, "task": "halfcheetah-medium", "env_id": "HalfCheetah-v4", "algorithm": "PA-RL"}).split("others in the paper")[0]
+
+
+@pytest.mark.parametrize("method, name", [("modip", "MODIP"), ("tdmpc2", "TD-MPC2"), ("dppo", "DPPO"), ("parl", "PA-RL"), ("dql", "DQL"), ("dsrl", "DSRL")])
+def test_methods_of_the_rivals_study_have_their_names(method, name):
+    cell = next(c for c in load_study("rivals").cells() if c.method == method)
+    assert method_of(flatten(cell.cfg.to_dict())) == name
+
+
+def test_few_episodes_give_no_verdict_and_one_no_interval():
+    def scores(n):
+        return {"bc": {"mean": 1.0, "ci95": [0.9, 1.1], "episodes": n}, "mpc": {"mean": 3.0, "ci95": [2.9, 3.1], "episodes": n}}
+    assert verdict(scores(10), "mpc") == "above BC, intervals apart" and verdict(scores(9), "mpc") == ""
+    assert [cell["ci95"] for cell in score_cells(scores(1), "x", "y")] == ["-", "-"]
+
+
+def test_a_score_far_beyond_bc_does_not_push_the_others_together():
+    def scores(mpc):
+        return {"bc": {"mean": 1.0, "ci95": [0.9, 1.1]}, "mpc": {"mean": mpc, "ci95": [0.9 * mpc, 1.1 * mpc]}}
+    drawn = ratio_to_bc.__wrapped__([("near", scores(1.5)), ("far", scores(18.9))]).axes[0]
+    assert drawn.get_xlim()[1] < 5 and [note.get_text() for note in drawn.texts] == ["18.9"]

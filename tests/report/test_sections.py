@@ -18,7 +18,7 @@ from modip_ray.report.system_sections import gauges, over_processes, speed, syst
 def test_plans_are_shown_at_the_start_and_the_end(make_run):
     page = planner(load_run(make_run()))
     assert re.findall("<h3>(.*?)</h3>", page) == ["Plans after pre-training", "Plans after 40,000 online steps"]
-    assert page.count("Correlation 0.95; predictions are 9.000 too high on average; 128 plans.") == 2
+    assert page.count("Correlation 0.95; predictions are 9.000 too high on average; 128 decisions, 96 acted on a plan.") == 2
     assert page.count("<svg") == 2 + 1 + len(MEASURED) and 'class="missing"' not in page
 
 
