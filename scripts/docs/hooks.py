@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Pages of the site that are files elsewhere in the repository, and those that are made here (with links relative to the repository's root).
 MOVED = {"cluster.md": "cluster/README.md", "dashboards.md": "cluster/grafana/README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md",
          "tests.md": "tests/README.md", "main_study.md": "results/studies/main/results.md",
-         "ablations.md": "results/studies/ablations/results.md", "rivals.md": "results/studies/rivals/results.md"}
+         "ablations.md": "results/studies/ablations/results.md", "rivals.md": "results/studies/rivals/results.md",
+         "guards.md": "results/studies/guards/results.md"}
 MADE: dict[str, Callable[[], str]] = {"results.md": results.page, "reference/settings.md": settings.page, "reference/commands.md": commands.page}
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml"}
 LINK = re.compile(r"(?P<head>!?\[[^\]]*\]\()(?P<target>[^)\s#]*)(?P<anchor>#[^)\s]*)?(?P<tail>\))")
