@@ -61,6 +61,7 @@ def command(code: str, words: list[str], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["-c", *words]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)                        # this suite may run under nohup, which a run keeps to
     exec(code, {"__name__": "__main__"})
 
 
