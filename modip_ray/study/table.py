@@ -115,13 +115,13 @@ def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def results(study: Study) -> dict[str, Any]:
-    own, by = next(iter(study.methods)), defaultdict(list)
-    for cell in study.cells():
+    own, cells, by = next(iter(study.methods)), study.cells(), defaultdict(list)
+    for cell in cells:
         by[cell.task, cell.method].append(cell)
     runs = {(t, m): finished(by[t, m]) for t in study.tasks for m in study.methods}
     methods = {m: {t: task_results(by[t, m], runs[t, m], runs[t, own], act_alike(by[t, m][0].cfg, by[t, own][0].cfg)) for t in study.tasks if runs[t, m]}
                for m in study.methods}
-    settings = study.cells()[-1].cfg.eval
+    settings = cells[-1].cfg.eval
     return {"study": study.to_dict(), "evaluation": {"episodes": settings.episodes, "every_episodes": settings.every_episodes},
             "tasks": methods[own], "methods": methods, "over_tasks": over_tasks(methods),
             "command": command_line().replace(" --table", ""), "git": git_commit(), "machine": machine(), "versions": versions()}
