@@ -14,16 +14,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from modip_ray.cli.arguments import command
+
 CLEAR = "\x1b[H\x1b[J"
 
 
 def add_parser(commands) -> None:
     text = "how a run stands: progress, scores, workers, where the time goes, checkpoint"
-    p = commands.add_parser("status", help=text, description=text)
+    p = command(commands, "status", run_status, text)
     p.add_argument("run_folder", type=Path, metavar="RUN")
     p.add_argument("--watch", type=seconds, metavar="SECONDS", help="show it again and again, until the run is finished or Ctrl-C")
     p.add_argument("--json", action="store_true", dest="as_json", help="the facts as JSON, an object a line with --watch")
-    p.set_defaults(run=run_status)
 
 
 def seconds(text: str) -> float:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from modip_ray.cli.arguments import command
+
 
 def add_parser(commands) -> None:
     """Add `study` to the subparsers of the command line."""
     text = "compare methods on tasks over seeds, or go on with the study in its folder"
-    p = commands.add_parser("study", help=text, description=text)
+    p = command(commands, "study", run, text)
     p.add_argument("study_file", metavar="STUDY", help="a YAML file, or the name of one in configs/studies")
     p.add_argument("settings", nargs="*", metavar="key=value", help="over the file's fields, e.g. seeds='[0]' tasks.hopper-medium.online.env_steps=30000; "
                    "with out=FOLDER nothing is put into the file's `kept`")
     p.add_argument("--table", action="store_true", help="run nothing: write the tables of what is done")
-    p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
