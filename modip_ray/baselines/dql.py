@@ -17,8 +17,9 @@ from modip_ray.model.world_model import WorldModel
 
 def loss(policy: DiffusionPolicy, model: WorldModel, critic: PolicyCritic, q_weight: float, steps: int, obs: Tensor, chunk: Tensor, weight: Tensor,
          mask: Tensor, t: Tensor, noise: Tensor, total: Tensor) -> Tensor:
-    """denoising loss - q_weight * mean Q(z, a) / mean |Q|, with a the first of a chunk drawn in so many DDIM steps. No gradient but the policy's.
+    """denoising loss - q_weight / H * mean Q(z, a) / mean |Q|, with a the first of a chunk drawn in so many DDIM steps. No gradient but the policy's.
 
+    H: DQL's policies draw single actions. Here the denoising loss is a mean over a chunk of H, and Q knows the first of them, which has an H-th of it.
     Arguments behind `steps` as of `DiffusionPolicy.loss`; the draw begins with another row's noise.
     """
     denoising = policy.loss(obs, chunk, weight, mask, t, noise, total)
@@ -26,4 +27,4 @@ def loss(policy: DiffusionPolicy, model: WorldModel, critic: PolicyCritic, q_wei
     with torch.no_grad():
         z = model.encode(obs).float()                                               # (B, Dz)
     q = asked(critic, z, action)                                                    # (E, B)
-    return denoising - q_weight * q.mean() / q.detach().abs().mean().clamp(min=1e-6)
+    return denoising - q_weight / policy.horizon * q.mean() / q.detach().abs().mean().clamp(min=1e-6)

@@ -2,8 +2,8 @@
 
 Of planner.proposals actions that the policy draws, the planner.elites best by Q (global optimisation) climb Q's gradient for planner.iterations steps of
 planner.step_size (local optimisation), and the best of them is executed. What else makes the method is settings of the shared parts: the policy imitates
-such actions with its unchanged denoising loss (distill.reanalyze: 1), the critic's targets ask for them (critic.target: planned_q). With no iterations
-it is how DQL acts. See configs/studies/rivals.yaml and docs/method.md.
+such actions, drawn by Q, with its unchanged denoising loss (distill.reanalyze: 1), the critic's targets ask for the best (critic.target: planned_q). With no
+iterations it is how DQL acts. See configs/studies/rivals.yaml and docs/method.md.
 
 Symbols: B rows, P proposals, M elites, E critic members, H horizon, Dz / Da sizes of latent and action.
 """
@@ -21,15 +21,39 @@ class ActionSearch(Search):
 
     def search(self, s: Tensor, noise: Noise, warm: Tensor, has_warm: Tensor, limits: Tensor) -> Found:
         """As `Search.search`; warm, has_warm, limits and noise.gaussian are not used."""
+        z, proposals, members, kept = self.drawn(s, noise.start)
+        kept = self.climbed(z, kept)
+        return self.taken(z, kept, self.returns(z, kept).mean(0).argmax(-1), proposals, members)
+
+    @torch.no_grad()
+    def imitated(self, s: Tensor, start: Tensor, done: Tensor, rng: torch.Generator) -> tuple[Found, Tensor]:
+        """What the policy is to imitate, and where (B,) that goes back to what was done, done (B, H, Da), which climbs in place of the worst of those kept.
+
+        Which one is drawn by softmax of Q / planner.temperature: the best one each time would leave the policy with a single action.
+        """
+        with self.precision():
+            z, proposals, members, kept = self.drawn(s, start)
+            kept = self.climbed(z, torch.cat([kept[:, :-1], done[:, None]], 1))     # best first
+            q = self.returns(z, kept).mean(0) / self.agent.critic.scale             # (B, M)
+            index = torch.multinomial((q / self.cfg.planner.temperature).softmax(-1), 1, generator=rng)[:, 0]
+            return self.taken(z, kept, index, proposals, members), index == kept.shape[1] - 1
+
+    def drawn(self, s: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents (B, Dz), the policy's chunks (B, P, H, Da), as it acts by itself, what members say of them (E, B, P), the M best (B, M, H, Da), best first."""
         p = self.cfg.planner
-        proposals = self.agent.propose(s, noise.start, self.cfg.policy.sampling_steps)[:, :, : p.horizon]       # (B, P, H, Da), as the policy itself acts
-        z = self.agent.world_model.encode(s).float()                                # (B, Dz)
-        members = self.returns(z, proposals)                                        # (E, B, P)
+        proposals = self.agent.propose(s, start, self.cfg.policy.sampling_steps)[:, :, : p.horizon]
+        z = self.agent.world_model.encode(s).float()
+        members = self.returns(z, proposals)
         best = members.mean(0).topk(p.elites, -1).indices[..., None, None].expand(-1, -1, *proposals.shape[2:])
-        kept = proposals.gather(1, best)                                            # (B, M, H, Da)
-        kept = torch.cat([self.climb(z, kept[:, :, 0])[:, :, None], kept[:, :, 1:]], 2)
-        top = self.returns(z, kept).mean(0).argmax(-1)                              # (B,)
-        plan = kept[torch.arange(len(s), device=s.device), top]                     # (B, H, Da)
+        return z, proposals, members, proposals.gather(1, best)
+
+    def climbed(self, z: Tensor, chunks: Tensor) -> Tensor:
+        """Chunks (B, M, H, Da) with their first actions improved; the others are what the policy goes on with."""
+        return torch.cat([self.climb(z, chunks[:, :, 0])[:, :, None], chunks[:, :, 1:]], 2)
+
+    def taken(self, z: Tensor, kept: Tensor, index: Tensor, proposals: Tensor, members: Tensor) -> Found:
+        """The one of kept (B, M, H, Da) that index (B,) names, if the guard agrees."""
+        plan = kept[torch.arange(len(z), device=z.device), index]                   # (B, H, Da)
         return self.judged(z, plan, kept.std(1, correction=0), proposals, members.mean(-1))
 
     def returns(self, z: Tensor, actions: Tensor) -> Tensor:

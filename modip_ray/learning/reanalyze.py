@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modip_ray.baselines.parl import ActionSearch
 from modip_ray.config import Config
 from modip_ray.model.agent import Agent
 from modip_ray.model.hardware import uses_bf16
@@ -28,29 +29,37 @@ class Reanalyze:
     def __call__(self, obs: Tensor, chunk: Tensor, mask: Tensor, online: Tensor, env_steps: float) -> tuple[Tensor, Tensor, Tensor]:
         """obs (B, Do) normalised, chunk (B, H, Da), mask (B, H), online (B,) bool -> chunk and mask, with the plan where there is a new one, and where (B,).
 
-        The first distill.reanalyze of the online rows (rows lie at random) are planned, of all rows where the planner is PA-RL's; a plan counts where the
-        guard lets it through.
+        The first distill.reanalyze of the online rows (rows lie at random) are planned, of all rows where the planner is PA-RL's, for which a row's own
+        chunk is a candidate too; a plan counts where the guard lets it through.
         """
         p, planned = self.cfg.planner, torch.zeros_like(online)
         rows = (online if p.kind == "mppi" else torch.ones_like(online)).nonzero()[:, 0]
         rows = rows[:round(self.cfg.distill.reanalyze * len(rows))]
         if not len(rows):
             return chunk, mask, planned
-        found = self.plan(obs[rows], env_steps)
+        if isinstance(self.search, ActionSearch):
+            found, of_row = self.search.imitated(obs[rows], self.proposal_noise(len(rows)), chunk[rows, :p.horizon], self.rng)
+        else:
+            found, of_row = self.plan(obs[rows], env_steps), torch.zeros_like(rows, dtype=torch.bool)
         chunk, mask, planned[rows] = chunk.clone(), mask.clone(), found.accepted
         own = torch.zeros_like(mask[0])
         own[:p.horizon] = 1                                                         # a plan may be shorter than the policy's chunk
         chunk[rows, :p.horizon] = torch.where(found.accepted[:, None, None], found.plan, chunk[rows, :p.horizon])
-        mask[rows] = torch.where(found.accepted[:, None], own, mask[rows])
+        mask[rows] = torch.where((found.accepted & ~of_row)[:, None], own, mask[rows])         # where a row's own chunk ends with its episode, it ends
         return chunk, mask, planned
 
     @torch.no_grad()
     def plan(self, obs: Tensor, env_steps: float) -> Found:
         """obs (B, Do) normalised."""
-        p, policy, n = self.cfg.planner, self.search.agent.policy, len(obs)
-        noise = Noise(self.noise(n, p.proposals, policy.horizon, policy.action_dim), self.noise(n, p.iterations, p.gaussian, p.horizon, policy.action_dim))
-        cold = torch.zeros(n, p.horizon, policy.action_dim, device=self.device), torch.zeros(n, dtype=torch.bool, device=self.device)
+        p, n, action_dim = self.cfg.planner, len(obs), self.search.agent.action_dim
+        noise = Noise(self.proposal_noise(n), self.noise(n, p.iterations, p.gaussian, p.horizon, action_dim))
+        cold = torch.zeros(n, p.horizon, action_dim, device=self.device), torch.zeros(n, dtype=torch.bool, device=self.device)
         return self.search(obs, noise, *cold, torch.tensor(trust_region(self.cfg, env_steps), device=self.device))
+
+    def proposal_noise(self, rows: int) -> Tensor:
+        """(rows, P, chunk, Da)."""
+        policy = self.search.agent.policy
+        return self.noise(rows, self.cfg.planner.proposals, policy.horizon, policy.action_dim)
 
     def noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.rng, device=self.device)

@@ -71,7 +71,7 @@ class ValueEnsemble(nn.Module):
         """What a head says (E, ..., outputs), in return units (E, ...)."""
         if self.head == "regression":
             return self.shift + self.scale * out.squeeze(-1)
-        return symexp((out.softmax(-1) * self.bins).sum(-1))
+        return symexp((out.float().softmax(-1) * self.bins).sum(-1))             # values stay float32, also where products are bf16
 
     def error(self, out: Tensor, target: Tensor) -> Tensor:
         """Per-element loss (E, ...) of what a head says (E, ..., outputs) against targets (...) in return units."""

@@ -50,7 +50,7 @@ def test_it_is_the_denoising_loss_less_the_scaled_q_of_a_drawn_action():
     obs, noise = args[0], args[5]
     action = policy.sample(obs, noise[torch.arange(-1, len(noise) - 1)][:, None], STEPS)[:, 0, 0]
     q = Known.q(torch.cat([obs, action], -1))
-    expected = policy.loss(*args) - 0.7 * q.mean() / q.abs().mean()
+    expected = policy.loss(*args) - 0.7 / H * q.mean() / q.abs().mean()                  # the chunk's first action has an H-th of the denoising loss
     torch.testing.assert_close(dql.loss(policy, Known, Known, 0.7, STEPS, *args), expected)
     torch.testing.assert_close(dql.loss(policy, Known, Known, 0.0, STEPS, *args), policy.loss(*args))
 
@@ -70,7 +70,7 @@ def test_the_gradient_goes_through_the_chain():
             ends = []
             for step in (1e-5, -1e-5):
                 bias[i] += step
-                ends.append(float(policy.loss(*args) - q().mean() / scale))
+                ends.append(float(policy.loss(*args) - q().mean() / scale / H))
                 bias[i] -= step
             found.append((ends[0] - ends[1]) / 2e-5)
     np.testing.assert_allclose(bias.grad.numpy(), found, rtol=2e-2, atol=1e-4)

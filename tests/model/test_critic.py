@@ -91,6 +91,16 @@ def test_two_hot_head_by_hand():
     torch.testing.assert_close(critic(torch.ones(1, 4)), torch.tensor([[math.exp(1.5) - 1]]))
 
 
+def test_two_hot_values_are_float32_where_products_are_bf16():
+    torch.manual_seed(0)
+    critic, z = ValueEnsemble(4, 8, members=3, head="two_hot", bins=101, bound=10.0), torch.randn(50, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = critic.net(z)
+        values = critic.decode(out)
+    assert out.dtype is torch.bfloat16 and values.dtype is torch.float32
+    torch.testing.assert_close(values, critic.decode(out.float()), atol=1e-6, rtol=0)
+
+
 def test_two_hot_loss_is_least_at_the_target():
     critic = silent(ValueEnsemble(4, 8, members=1, head="two_hot", bins=21, bound=5.0), [0.0] * 21)
     target = torch.tensor([30.0])
