@@ -39,7 +39,7 @@ class ActionSearch(Search):
             return self.taken(z, kept, index, proposals, members), index == kept.shape[1] - 1
 
     def drawn(self, s: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents (B, Dz), the policy's chunks (B, P, H, Da), as it acts by itself, what members say of them (E, B, P), the M best (B, M, H, Da), best first."""
+        """Latents (B, Dz), the policy's chunks as it acts by itself (B, P, H, Da), what members say of them (E, B, P), the best M (B, M, H, Da), best first."""
         p = self.cfg.planner
         proposals = self.agent.propose(s, start, self.cfg.policy.sampling_steps)[:, :, : p.horizon]
         z = self.agent.world_model.encode(s).float()

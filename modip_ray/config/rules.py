@@ -141,7 +141,7 @@ def action_value_rules(cfg: Config) -> None:
         need(p.n_action_steps == 1, "planner.n_action_steps", p.n_action_steps, "must be 1 for planner.kind: action_values: Q is of single actions")
         again = cfg.distill.reanalyze
         need(again in (0, 1), "distill.reanalyze", again, "must be 0 or 1 for planner.kind: action_values: of all rows or of none")
-        need(not again or p.elites > 1, "planner.elites", p.elites, "must be at least 2 with distill.reanalyze: the action that was done takes the place of one")
+        need(not again or p.elites > 1, "planner.elites", p.elites, "must be at least 2 with distill.reanalyze: what was done takes the place of one")
         need(not again or cfg.policy.n_action_steps <= p.horizon, "policy.n_action_steps", cfg.policy.n_action_steps,
              f"must not exceed planner.horizon={p.horizon} where the policy imitates planner.kind: action_values (distill.reanalyze)")
         need(p.gaussian == 0, "planner.gaussian", p.gaussian, "must be 0 for planner.kind: action_values, which draws from the policy only")

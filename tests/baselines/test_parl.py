@@ -19,7 +19,8 @@ from tests.fakes import PointEnv, small, write_data
 from tests.learning.test_learner import draw, draw_chunks, linear_system, make_learner
 
 PARL = {"planner.kind": "action_values", "planner.gaussian": 0, "planner.horizon": 1, "planner.proposals": 8, "planner.elites": 4, "planner.iterations": 10,
-        "planner.n_action_steps": 1, "planner.temperature": 0.01, "critic.target": "planned_q", "critic.target_reduce": "min_two", "critic.n_step": 1, "distill.reanalyze": 1.0,
+        "planner.n_action_steps": 1, "planner.temperature": 0.01, "critic.target": "planned_q", "critic.target_reduce": "min_two",
+        "critic.n_step": 1, "distill.reanalyze": 1.0,
         "guard.value_penalty": 0.0, "guard.min_gain": -1e9}
 ROWS, BEST, SCALE = 5, torch.tensor([0.6, -0.4]), 8.0
 
