@@ -25,17 +25,16 @@ class ActionSearch(Search):
         kept = self.climbed(z, kept)
         return self.taken(z, kept, self.returns(z, kept).mean(0).argmax(-1), proposals, members)
 
-    @torch.no_grad()
-    def imitated(self, s: Tensor, start: Tensor, done: Tensor, rng: torch.Generator) -> tuple[Found, Tensor]:
-        """What the policy is to imitate, and where (B,) that goes back to what was done, done (B, H, Da), which climbs in place of the worst of those kept.
+    def imitated(self, s: Tensor, start: Tensor, own: Tensor, rng: torch.Generator) -> tuple[Found, Tensor]:
+        """What the policy is to imitate, and where (B,) that is its row's own chunk, own (B, H, Da), which climbs in place of the worst of those kept.
 
-        Which one is drawn by softmax of Q / planner.temperature: the best one each time would leave the policy with a single action.
+        One of them is drawn by softmax of planner.temperature * Q: the best one each time would leave the policy with a single action.
         """
         with self.precision():
             z, proposals, members, kept = self.drawn(s, start)
-            kept = self.climbed(z, torch.cat([kept[:, :-1], done[:, None]], 1))     # best first
-            q = self.returns(z, kept).mean(0) / self.agent.critic.scale             # (B, M)
-            index = torch.multinomial((q / self.cfg.planner.temperature).softmax(-1), 1, generator=rng)[:, 0]
+            kept = self.climbed(z, torch.cat([kept[:, :-1], own[:, None]], 1))      # best first
+            logits = self.cfg.planner.temperature * self.returns(z, kept).mean(0) / self.agent.critic.scale          # (B, M)
+            index = (logits - torch.empty_like(logits).exponential_(generator=rng).log()).argmax(-1)        # drawn; one that is NaN, if any: the guard says no
             return self.taken(z, kept, index, proposals, members), index == kept.shape[1] - 1
 
     def drawn(self, s: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

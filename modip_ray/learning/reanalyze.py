@@ -32,20 +32,20 @@ class Reanalyze:
         The first distill.reanalyze of the online rows (rows lie at random) are planned, of all rows where the planner is PA-RL's, for which a row's own
         chunk is a candidate too; a plan counts where the guard lets it through.
         """
-        p, planned = self.cfg.planner, torch.zeros_like(online)
-        rows = (online if p.kind == "mppi" else torch.ones_like(online)).nonzero()[:, 0]
+        h, planned, improves = self.cfg.planner.horizon, torch.zeros_like(online), isinstance(self.search, ActionSearch)
+        rows = (torch.ones_like(online) if improves else online).nonzero()[:, 0]
         rows = rows[:round(self.cfg.distill.reanalyze * len(rows))]
         if not len(rows):
             return chunk, mask, planned
-        if isinstance(self.search, ActionSearch):
-            found, of_row = self.search.imitated(obs[rows], self.proposal_noise(len(rows)), chunk[rows, :p.horizon], self.rng)
+        if improves:
+            found, own = self.search.imitated(obs[rows], self.proposal_noise(len(rows)), chunk[rows, :h], self.rng)
         else:
-            found, of_row = self.plan(obs[rows], env_steps), torch.zeros_like(rows, dtype=torch.bool)
-        chunk, mask, planned[rows] = chunk.clone(), mask.clone(), found.accepted
-        own = torch.zeros_like(mask[0])
-        own[:p.horizon] = 1                                                         # a plan may be shorter than the policy's chunk
-        chunk[rows, :p.horizon] = torch.where(found.accepted[:, None, None], found.plan, chunk[rows, :p.horizon])
-        mask[rows] = torch.where((found.accepted & ~of_row)[:, None], own, mask[rows])         # where a row's own chunk ends with its episode, it ends
+            found, own = self.plan(obs[rows], env_steps), torch.zeros_like(rows, dtype=torch.bool)
+        chunk, mask, planned[rows] = chunk.clone(), mask.clone(), found.accepted & ~own
+        whole = torch.zeros_like(mask[0])
+        whole[:h] = 1                                                               # a plan may be shorter than the policy's chunk
+        chunk[rows, :h] = torch.where(found.accepted[:, None, None], found.plan, chunk[rows, :h])
+        mask[rows] = torch.where(planned[rows, None], whole, mask[rows])            # a row's own chunk keeps its mask
         return chunk, mask, planned
 
     @torch.no_grad()
