@@ -123,7 +123,6 @@ def pretrain(session: Session, system: System) -> None:
         system.freeze_bc()
         session.request_evaluation(periodic_jobs(cfg) if cfg.eval.every_steps else [])
         session.record(system.reports())
-        session.next_eval = cfg.eval.every_steps
         session.enter("online")
 
 
@@ -132,12 +131,14 @@ def online(session: Session, system: System) -> None:
     cfg, steps = session.cfg, session.cfg.online.env_steps
     with session.timed("online"):
         session.phase = "online"
+        session.schedule_evaluation()
         session.progress.start("online", steps, "steps", session.status.env_steps)
         done = False
         while not done:
             due = 0 < session.next_eval < steps
             if due and session.status.env_steps >= session.next_eval and session.request_evaluation(periodic_jobs(cfg)):
-                session.next_eval = (session.status.env_steps // cfg.eval.every_steps + 1) * cfg.eval.every_steps
+                session.next_eval = 0
+                session.schedule_evaluation()
             status = system.advance("online", TICK_S, until=session.next_eval if 0 < session.next_eval < steps else steps)
             session.record(system.reports())
             session.tick(status, status.env_steps, **losses(status.metrics))
@@ -171,7 +172,7 @@ def evaluate(session: Session, system: System) -> dict:
     return {"task": cfg.task.name, "method": cfg.method, "algorithm": method_of(flat(cfg)), "env_id": cfg.task.env,
             "run_dir": cfg.run_dir or str(session.folder.path), "command": command_line(), "scores": scores,
             "env_steps": report.env_steps, "updates": report.updates,
-            "wall_s": round(session.log.wall_s, 2), "phase_s": session.seconds_by_phase(), "versions": versions(),
+            "wall_s": round(session.log.wall_s, 2), "phase_s": session.timed.count(), "versions": versions(),
             "git": git_commit(), "machine": machine(), "config_hash": cfg.hash()}
 
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from modip_ray.report.progress import Progress
 from modip_ray.report.scores import number
 from modip_ray.runfolder import RunError, RunFolder, command_line, rss_mb
 from modip_ray.tasks.scores import score_summary
+
+PERIODIC = "eval on the way"        # phase, in one process: training waits meanwhile
 
 
 class Stopped(SystemExit):
@@ -99,13 +101,40 @@ def scores_of(cfg: Config, outcomes: Sequence[Outcome]) -> dict[str, dict]:
     return {mode: score(cfg, measures, seeds) for mode, (measures, seeds) in found.items() if seeds}
 
 
+class PhaseClock:
+    """Wall seconds of each phase, earlier processes included. A phase inside another one is no part of that one's time."""
+
+    def __init__(self, seconds: Mapping[str, float]):
+        self.seconds, self.running, self.since = dict(seconds), list[str](), 0.0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """The block's time is the phase's, also when it is left by a stop."""
+        self.count()
+        self.running.append(phase)
+        try:
+            yield
+        finally:
+            self.count()
+            self.running.pop()
+
+    def count(self) -> dict[str, float]:
+        """The seconds as of now."""
+        now = time.monotonic()
+        if self.running:
+            self.seconds[self.running[-1]] = self.seconds.get(self.running[-1], 0.0) + now - self.since
+        self.since = now
+        return {k: round(v, 2) for k, v in self.seconds.items()}
+
+
 class Session:
     def __init__(self, cfg: Config, folder: RunFolder, stop: StopSignals):
         self.cfg, self.folder, self.stop = cfg, folder, stop
         saved = folder.checkpoint.counters if folder.checkpoint is not None else {}
         self.phase: str = saved.get("phase", "data")
-        self.phase_s: dict[str, float] = dict(saved.get("phase_s", {}))
+        self.timed = PhaseClock(saved.get("phase_s", {}))
         self.next_eval: int = saved.get("next_eval", 0)
+        self.unreported: list[int] = []                                             # when evaluations were due that are under way: a resumed run repeats them
         self.status = Status(saved.get("env_steps", 0), saved.get("updates", 0), saved.get("policy_updates", 0), False)
         earlier = (folder.path / "metrics.jsonl").exists()
         resumed_at = self.position() if earlier else None
@@ -118,27 +147,6 @@ class Session:
         self.logged_at = self.saved_at = time.monotonic()
 
     # ---- phases ------------------------------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Adds the block's wall time to the phase, also when it is left by a stop."""
-        begun, before = time.monotonic(), self.phase_s.get(phase, 0.0)
-        self.phase_begun = (phase, begun, before)
-        try:
-            yield
-        finally:
-            self.phase_s[phase] = before + time.monotonic() - begun
-            self.phase_begun = None
-
-    phase_begun: tuple[str, float, float] | None = None
-
-    def seconds_by_phase(self) -> dict[str, float]:
-        """Wall seconds of each phase so far, earlier processes included."""
-        found = dict(self.phase_s)
-        if self.phase_begun is not None:
-            name, begun, before = self.phase_begun
-            found[name] = before + time.monotonic() - begun
-        return {k: round(v, 2) for k, v in found.items()}
 
     def tick(self, status: Status, done: int, **extras: float | str) -> None:
         """After each piece of work: show, log, save, and stop if asked to."""
@@ -194,13 +202,20 @@ class Session:
         """As `System.request_evaluation` (serially it is made here and now); with log.keep_best the weights that are evaluated are put by."""
         if jobs and self.cfg.one_process:
             self.progress.say(f"evaluating {sum(len(job.seeds) for job in jobs)} episodes; in one process training waits meanwhile")
-        with self.stop.at_once():
+        with self.stop.at_once(), self.timed(PERIODIC) if self.cfg.one_process else nullcontext():
             begun = self.system.request_evaluation(jobs)
-        if jobs and begun and self.cfg.log.keep_best:                                # of no jobs there will be no score
-            self.candidate = stage_best(self.save())
+        if jobs and begun:                                                          # of no jobs there will be no score
+            self.unreported.append(self.next_eval)
+            if self.cfg.log.keep_best:
+                self.candidate = stage_best(self.save())
         return begun
 
     candidate: Path | None = None
+    def schedule_evaluation(self) -> None:
+        """When the next one is due, by the step that the run is at; one that is overdue stays so. The settings may have changed since a checkpoint."""
+        every = self.cfg.eval.every_steps
+        due = (self.status.env_steps // every + 1) * every if every else 0
+        self.next_eval = min(self.next_eval or due, due)
 
     def keep_if_best(self, score: float) -> None:
         """`score`: of the evaluation that was asked for last."""
@@ -211,6 +226,8 @@ class Session:
     def record(self, reports: Sequence[Report]) -> None:
         """Rows of finished evaluations: scores, diagnostics, timings."""
         for report in reports:
+            if report.outcomes:
+                del self.unreported[:1]
             at = {"env_steps": report.env_steps, "updates": report.updates}
             for mode, found in scores_of(self.cfg, report.outcomes).items():
                 self.log.write({"kind": "eval", "mode": mode, **at, **found})
@@ -236,7 +253,8 @@ class Session:
             self.write_train_row()
         folder = begin(self.folder.checkpoints)
         try:
-            counters = {"phase": self.phase, **self.system.save(folder), "next_eval": self.next_eval, "phase_s": self.seconds_by_phase()}
+            counters = {"phase": self.phase, **self.system.save(folder), "phase_s": self.timed.count(),
+                        "next_eval": self.unreported[0] if self.unreported else self.next_eval}
             final = commit(folder, counters, self.cfg.log.keep_checkpoints)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)                               # a full disk gets its room back

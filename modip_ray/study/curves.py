@@ -27,7 +27,7 @@ Curve = dict[int, tuple[float, float]]                          # by the step th
 
 @dataclass(frozen=True)
 class Drawn:
-    """One way of acting of one method: a curve a training seed, and the online seconds of an environment step (None: no run is finished)."""
+    """One way of acting of one method: a curve a training seed, and the online seconds of an environment step (None: of no finished run)."""
 
     seeds: list[Curve]
     step_s: float | None
@@ -56,8 +56,9 @@ def read_curves(cells: Sequence[Cell], mode: str) -> Drawn | None:
     if not rows:
         return None
     done = [summary for _, folder in folders if folder is not None and (summary := read_summary(folder)) is not None]
+    step_s = [s["phase_s"]["online"] / s["env_steps"] for s in done if s["env_steps"]]
     return Drawn([{due(r["env_steps"], cells[0].cfg): (r["env_steps"], r["mean"]) for r in own} for own in rows],
-                 float(np.mean([s["phase_s"]["online"] / s["env_steps"] for s in done])) if done else None, rows[0][0].get("metric", "score"))
+                 float(np.mean(step_s)) if step_s else None, rows[0][0].get("metric", "score"))
 
 
 def evaluation_rows(cell: Cell, folder: Path, mode: str) -> list[dict[str, Any]]:
@@ -72,9 +73,9 @@ def due(step: int, cfg: Config) -> int:
 
 
 def over_seeds(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where every seed was evaluated: mean environment steps (n,), mean score (n,), and (n, 2) the least and the greatest seed."""
+    """Where every seed was evaluated (n may be 0): mean environment steps (n,), mean score (n,), and (n, 2) the least and the greatest seed."""
     shared = sorted(set.intersection(*map(set, curves)))
-    steps, score = np.array([[c[at] for at in shared] for c in curves]).transpose(2, 0, 1)                 # (seeds, n) each
+    steps, score = np.array([[c[at] for at in shared] for c in curves]).reshape(len(curves), len(shared), 2).transpose(2, 0, 1)            # (seeds, n) each
     return steps.mean(0), score.mean(0), np.stack([score.min(0), score.max(0)], 1)
 
 

@@ -19,13 +19,15 @@ from modip_ray.learning.evaluation import MODES
 from modip_ray.report.published import NOTE, Published, published_for
 from modip_ray.report.scores import ROWS, duration, interval, number
 from modip_ray.runfolder import command_line, git_commit, machine, read_summary, versions
+from modip_ray.session import PERIODIC
 from modip_ray.study.kept import keep_results, outcome
 from modip_ray.study.spec import Cell, Study, task_of
 from modip_ray.tasks.scores import normalized_score
 
 RESAMPLES = 5_000
 MARK = " (*)"
-PHASES = ("pretrain", "online", "eval")
+PHASES = ("pretrain", "online", "eval", PERIODIC)
+NOT_APART = " (+)"
 Runs = dict[int, dict[str, Any]]                                # summaries of one task and method by training seed
 
 
@@ -76,12 +78,18 @@ def task_results(cells: Sequence[Cell], runs: Runs, first: Runs, alike: bool) ->
     found = {name: joined(s, family) for name, s in scores.items()}
     return {**found, "metric": done[0]["scores"]["bc"]["metric"], "env_steps": min(s["env_steps"] for s in done), "updates": min(s["updates"] for s in done),
             "wall_s": float(np.mean([s["wall_s"] for s in done])), "own_start": cells[0].cfg.pretrain.start is None,
+            "evaluations_apart": all(map(evaluations_apart, cells, done)),
             "phase_s": {name: float(np.mean([s["phase_s"].get(name, 0.0) for s in done])) for name in PHASES},
             "seeds_done": len(done), "seeds_wanted": len(cells),
             "against_bc": {mode: paired(scores[mode], scores["bc"]) for mode in scores if mode in ("policy", "mpc")},
             "against_first": paired(*([acting(of[seed]) for seed in shared] for of in (runs, first))) if shared else None,
             "other_start": [seed for seed in both if seed not in shared],
             "git": sorted({s["git"] for s in done})}
+
+
+def evaluations_apart(cell: Cell, run: Mapping[str, Any]) -> bool:
+    """False of an earlier version's run, in one process: its evaluations on the way are part of the phase that waited for them."""
+    return PERIODIC in run["phase_s"] or not cell.cfg.eval.every_steps or not cell.cfg.one_process
 
 
 def act_alike(cfg: Config, first: Config) -> bool:
@@ -91,8 +99,10 @@ def act_alike(cfg: Config, first: Config) -> bool:
 
 
 def same_start(run: Mapping[str, Any], other: Mapping[str, Any], alike: bool) -> bool:
-    """Both went on from one start. Where it was made again on another kind of processor data and BC differ, at first in the last digits."""
-    return all(run["scores"][name]["values"] == other["scores"][name]["values"] for name in (("data", "bc") if alike else ("data",)))
+    """Both went on from one start, and acted in the same episodes. Where a start was made again on another kind of processor data and BC differ, at first in
+    the last digits."""
+    names = ("data", "bc") if alike else ("data",)
+    return acting(run)["seeds"] == acting(other)["seeds"] and all(run["scores"][name]["values"] == other["scores"][name]["values"] for name in names)
 
 
 def over_tasks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -161,8 +171,9 @@ def paired_cell(diff: Mapping[str, Any] | None) -> str:
 
 def times_cell(entry: Mapping[str, Any]) -> str:
     """Of the offline phase (behind "start +" where the start's comes to it), of the online one, and of evaluations."""
-    offline, online, evaluating = (duration(entry["phase_s"][name]) for name in PHASES)
-    return f"{'' if entry['own_start'] else 'start + '}{offline} / {online} / {evaluating}"
+    spent, mark = entry["phase_s"], "" if entry["evaluations_apart"] else NOT_APART
+    times = " / ".join(map(duration, (spent["pretrain"], spent["online"], spent["eval"] + spent[PERIODIC])))
+    return f"{'' if entry['own_start'] else 'start + '}{times}{mark}"
 
 
 def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Published | None) -> list[str]:
@@ -184,7 +195,11 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Publi
                  f"{r['seeds_done']} of {r['seeds_wanted']}", times_cell(r)]
         lines.append("| " + " | ".join(cells) + " |")
     if any(r["other_start"] for r in have.values()):
-        lines += ["", f"{MARK.strip()} data or BC are not those of {own} (other settings, or a start that was made again on another machine): not paired."]
+        lines += ["", f"{MARK.strip()} data, BC or evaluation seeds are not those of {own} (other settings, or a start that was made again on another "
+                  "machine): not paired."]
+    if not all(r["evaluations_apart"] for r in have.values()):
+        lines += ["", f"{NOT_APART.strip()} some of these runs are of an earlier version, which counted evaluations on the way in the phase that "
+                  "waited for them."]
     lines += ["", f"Runs of commit {', '.join(sorted({git[:8] + git[40:] for r in have.values() for git in r['git']}))}."]
     if paper is not None:
         others = ", ".join(f"{method} {score}" for method, score in paper.others)
@@ -195,9 +210,11 @@ def task_lines(task: str, methods: Mapping[str, Mapping[str, Any]], paper: Publi
 def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
     apart = [name for name, tasks in found["methods"].items() if any(entry["own_start"] for entry in tasks.values())]
     but = f", but {', '.join(apart)}: their BC is a policy of their own, and no times BC are given" if apart else ""
+    others = [name for name, settings in found["study"]["methods"].items() if any(key.startswith("eval.") for key in settings)]
+    unlike = f", but {', '.join(others)}, with evaluation settings of their own" if others else ""
     lines = [f"# Study {found['study']['out']}", "", f"`{found['command']}`, {found['machine']['cpus']} cores", "",
              f"{ROWS['bc']}: the diffusion policy before fine-tuning; DP-only: the same network after it; MPC-acting: the planner. Mean [95 % interval], times "
-             f"BC. All methods of a training seed go on from the same BC policy{but}. All are evaluated on the same seeds. Acting: the "
+             f"BC. All methods of a training seed go on from the same BC policy{but}. All are evaluated on the same seeds{unlike}. Acting: the "
              f"planner, or the policy of a method without one. {NOTE}", ""]
     for task, settings in found["study"]["tasks"].items():
         lines += task_lines(task, found["methods"], published_for(task_of(task, settings)))
@@ -210,7 +227,8 @@ def markdown(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
             lines.append(f"| {method} | " + " | ".join(shown) + " |")
         lines.append("")
     if pictures:
+        apart_all = all(entry["evaluations_apart"] for tasks in found["methods"].values() for entry in tasks.values())
         way, end = found["evaluation"]["every_episodes"], found["evaluation"]["episodes"]
         lines += [f"Curves: the mean over training seeds, shaded from the least to the greatest one. Of {way} episodes a seed on the way, of {end} at the end. "
-                  "Minutes are of the online phase, evaluations not counted.", ""]
+                  f"Minutes are of the online phase, evaluations not counted{NOT_APART if not apart_all else ''}.", ""]
     return "\n".join([*lines, *(f"![{name}]({name})" for name in pictures), ""])

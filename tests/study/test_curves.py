@@ -12,6 +12,11 @@ def test_a_curve_has_the_points_where_every_seed_was_evaluated():
     np.testing.assert_allclose(band, [[10, 20], [20, 30], [20, 60]])
 
 
+def test_seeds_without_a_point_in_common_have_no_curve():
+    steps, score, band = over_seeds([{0: (0, 10.0)}, {20: (23, 20.0)}])
+    assert len(steps) == len(score) == len(band) == 0
+
+
 @pytest.mark.parametrize("every, at", [(20_000, {0: 0, 20_195: 20_000, 45_008: 40_000, 50_003: 50_000}), (0, {0: 0, 50_000: 50_000})])
 def test_evaluations_belong_to_the_step_that_they_were_due_at(every, at):
     cfg = load(overrides=["online.env_steps=50000", f"eval.every_steps={every}"])

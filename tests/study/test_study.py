@@ -186,6 +186,33 @@ def test_only_runs_of_one_start_are_paired(tmp_path):
     assert markdown(found, []).count("(*)") == 2
 
 
+def test_methods_with_other_evaluation_episodes_are_not_paired(tmp_path):
+    s = study(tmp_path, methods={"modip": {}, "few": {"eval.episodes": 5}, "elsewhere": {"eval.seed": 7}})
+    for cell in s.cells():
+        put_summary(cell, 100, 120, 150, np.random.default_rng(0))
+        summary = json.loads((cell.folder / "summary.json").read_text())
+        for score in summary["scores"].values():
+            score["seeds"] = [seed + cell.cfg.eval.seed for seed in score["seeds"]]
+            if cell.method == "few":
+                score |= {k: score[k][:5] for k in ("values", "returns", "seeds")}
+        (cell.folder / "summary.json").write_text(json.dumps(summary))
+    found = results(s)
+    assert [found["methods"][m][TASK]["against_first"] for m in ("few", "elsewhere")] == [None, None]
+    assert "same seeds, but few, elsewhere, with evaluation settings of their own" in markdown(found, [])
+
+
+def test_times_of_runs_that_did_not_time_evaluations_apart_are_marked(tmp_path):
+    s = study(tmp_path, settings=SMALL | {"serial": True, "eval.every_steps": 100})
+    for cell in s.cells():
+        put_summary(cell, 100, 120, 150, np.random.default_rng(0))
+        if cell.method == "modip":
+            summary = json.loads((cell.folder / "summary.json").read_text())
+            summary["phase_s"]["eval on the way"] = 65.0
+            (cell.folder / "summary.json").write_text(json.dumps(summary))
+    text = markdown(results(s), ["curves.png"])
+    assert "| start + 0:05 / 0:40 / 1:15 |" in text and "| start + 0:05 / 0:40 / 0:10 (+) |" in text and "evaluations not counted (+)." in text
+
+
 def test_kept_results_are_not_replaced_by_fewer(tmp_path, capsys):
     s, kept = study(tmp_path / "out", kept=str(tmp_path / "kept"), methods={"modip": {}}), tmp_path / "kept.json"
     for cell in s.cells():
