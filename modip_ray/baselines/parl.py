@@ -65,10 +65,12 @@ class ActionSearch(Search):
 
     def climb(self, z: Tensor, actions: Tensor) -> Tensor:
         """Gradient ascent on the members' mean, in units of the data's return spread: z (B, Dz), actions (B, M, Da) in -1..1, where they stay."""
-        with torch.inference_mode(False), torch.enable_grad():                      # planners run in inference mode
+        with torch.inference_mode(False), torch.no_grad():                          # planners run in inference mode, which has no gradients
             z, actions = z.clone(), actions.clone()
             for _ in range(self.cfg.planner.iterations):
-                actions = actions.detach().requires_grad_()
-                gradient, = torch.autograd.grad(self.q(z, actions).mean(0).sum() / self.agent.critic.scale, actions)
-                actions = (actions + self.cfg.planner.step_size * gradient).clamp(-1, 1)
-            return actions.detach()
+                actions = (actions + self.cfg.planner.step_size * self.slope(z, actions)).clamp(-1, 1)
+            return actions
+
+    def slope(self, z: Tensor, actions: Tensor) -> Tensor:
+        """Of that mean, by the actions: z (B, Dz), actions (B, M, Da) -> (B, M, Da). The learner compiles it: most of what a plan takes."""
+        return torch.func.grad(lambda a: self.q(z, a).mean(0).sum() / self.agent.critic.scale)(actions)

@@ -75,6 +75,8 @@ class Learner:
         if uses_compile(cfg) and cfg.resources.learner_precision == "fp32":         # torch 2.13 generates invalid code for bf16 backward passes
             self.model_loss, self.policy_loss = compiler(self.model_loss, "the learner"), compiler(self.policy_loss, "the policy learner")
             own = own and compiler(own, "the policy learner")
+            if self.reanalyze is not None:
+                self.reanalyze.compile(compiler)
         self.online_loss = own or self.policy_loss                                  # DQL and DSRL train the policy online otherwise than offline
         w = cfg.world_model
         encoder = list(agent.world_model.encoder.parameters())
@@ -182,9 +184,11 @@ class Learner:
             if self.cfg.critic.target == "policy_q":
                 start = noise(obs.shape[1], 1, policy.horizon, policy.action_dim)   # (B, H+1, 1, chunk, Da)
                 actions = self.agent.first_action(obs.flatten(0, 1), start.flatten(0, 1), self.cfg.policy.sampling_steps)
-            else:
-                actions = self.reanalyze.plan(obs.flatten(0, 1), self.env_steps()).plan[:, 0]
-            found["policy_action"] = actions.view(*obs.shape[:-1], -1)              # (B, H+1, Da)
+                found["policy_action"] = actions.view(*obs.shape[:-1], -1)          # (B, H+1, Da)
+            else:                                                                   # plans are dear: none behind the last latent, of which there is no Q
+                actions = self.reanalyze.plan(obs[:, :-1].flatten(0, 1), self.env_steps()).plan[:, 0].view(len(obs), obs.shape[1] - 1, -1)
+                found["policy_action"] = nn.functional.pad(actions, (0, 0, 0, 1))
+                found |= {name: nn.functional.pad(b[name][:, :-1], (0, 1)) for name in ("value_mask", "all_value_mask")}
         if self.cfg.critic.target_reduce == "min_two":
             found["heads"] = torch.randperm(self.cfg.critic.members, generator=self.rng, device=self.device)[:2]
         if self.agent.critic.policy is not None:

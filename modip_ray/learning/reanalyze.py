@@ -7,6 +7,9 @@ what the environments saw. B rows, H horizon of a chunk, Da action size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,11 @@ class Reanalyze:
     def __init__(self, cfg: Config, agent: Agent, rng: torch.Generator):
         self.cfg, self.rng, self.device = cfg, rng, agent.normalizer.obs_mean.device
         self.search = make_search(cfg, agent, uses_bf16(cfg.resources.precision, self.device))
+
+    def compile(self, compiler: Callable[..., Any]) -> None:
+        """PA-RL's climb, which its plans take most of their time for."""
+        if isinstance(self.search, ActionSearch) and self.cfg.planner.iterations:
+            self.search.slope = compiler(self.search.slope, "the learner")          # type: ignore[method-assign]
 
     @torch.no_grad()
     def __call__(self, obs: Tensor, chunk: Tensor, mask: Tensor, online: Tensor, env_steps: float) -> tuple[Tensor, Tensor, Tensor]:

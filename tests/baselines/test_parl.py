@@ -166,8 +166,19 @@ def test_targets_bootstrap_from_the_planners_action():
     learner.target_critic.action_value = lambda z, a: used.append(a) or target[0](z, a)
     out = learner.update_model(batch)
     obs, found = asked[0]
-    assert torch.equal(obs, learner.agent.normalizer.obs(torch.from_numpy(batch["bootstrap_obs"])).flatten(0, 1)) and len(asked) == 1
-    assert torch.equal(used[0].flatten(0, 1), found.plan[:, 0]) and math.isfinite(float(out["loss/value"]))
+    assert torch.equal(obs, learner.agent.normalizer.obs(torch.from_numpy(batch["bootstrap_obs"]))[:, :-1].flatten(0, 1)) and len(asked) == 1
+    assert torch.equal(used[0][:, :-1].flatten(0, 1), found.plan[:, 0]) and math.isfinite(float(out["loss/value"]))
+
+
+def test_no_target_is_made_of_what_was_not_planned():
+    """Nothing is planned behind a sequence's last latent: neither Q nor V learns of a target there, whatever it would be."""
+    losses = []
+    for last in (0.0, 100.0):
+        learner, batch = make_learner(*overrides()), draw(linear_system(1), np.random.default_rng(0), n_step=1)
+        batch["n_step_return"] = batch["n_step_return"].copy()
+        batch["n_step_return"][:, -1] += last
+        losses.append({k: float(v) for k, v in learner.update_model(batch).items()})
+    assert losses[0] == losses[1]
 
 
 def test_what_bootstraps_is_higher_than_with_the_policys_own_action():
