@@ -42,7 +42,7 @@ def test_an_unusable_override_says_what_and_names_the_nearest(override, parts):
     ("serial=1", ["serial", "expected bool", "1"]),
     ("task.env=3", ["task.env", "expected str", "int"]),
     ("critic.head=twohot", ["critic.head", "'twohot'", "regression, two_hot", "did you mean 'two_hot'"]),
-    ("critic.gamma=nan", ["critic.gamma", "finite float", "nan"]),
+    ("critic.gamma=.nan", ["critic.gamma", "finite float", "nan"]),
     ("planner.max_wait_ms=.inf", ["planner.max_wait_ms", "finite float", "inf"]),
 ])
 def test_a_wrong_type_names_field_value_and_type(override, parts):
@@ -85,6 +85,20 @@ def test_numbers_are_read_as_numbers():
     cfg = load(overrides=["policy.lr=1e-4", "critic.tau=1", "online.env_steps=2e3", "run_dir=null", "distill.min_gain=-0.5"])
     assert (cfg.policy.lr, cfg.critic.tau, cfg.online.env_steps, cfg.run_dir, cfg.distill.min_gain) == (1e-4, 1.0, 2000, None, -0.5)
     assert isinstance(cfg.critic.tau, float) and isinstance(cfg.online.env_steps, int)
+
+
+def test_numbers_inside_a_mapping_or_a_list_are_numbers_too(tmp_path):
+    given = "{rollout: {rollout: 1, memory: 1.3e9}, planner: {memory: 2e9}}"
+    wanted = {"rollout": {"rollout": 1, "memory": 1.3e9}, "planner": {"memory": 2e9}}
+    assert load(overrides=[f"resources.placement={given}"]).resources.placement == wanted
+    assert load(write(tmp_path / "mine.yaml", f"resources: {{placement: {given}}}\n")).resources.placement == wanted
+    found = read_yaml(write(tmp_path / "x.yaml", "numbers: [1e-4, -2E+3, .5e1, 1.e2]\ntext: ['1e5', \"1.3e9\", e5, 1e, 1e5x, 10.1e1.2]\n"))
+    assert found == {"numbers": [1e-4, -2000.0, 5.0, 100.0], "text": ["1e5", "1.3e9", "e5", "1e", "1e5x", "10.1e1.2"]}
+
+
+def test_text_in_quotes_that_looks_like_a_number_is_still_text_when_its_run_is_resumed(tmp_path):
+    cfg = load(overrides=["run_dir='1e5'"])
+    assert cfg.run_dir == "1e5" and load(write(tmp_path / "config.yaml", cfg.dump())) == cfg
 
 
 def test_defaults_then_task_then_file_then_overrides(tmp_path):

@@ -8,10 +8,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import yaml
-
 from modip_ray.config.rules import validate
 from modip_ray.config.tree import set_dotted, typed
+from modip_ray.config.yaml_data import dump_yaml
 
 
 @dataclass(frozen=True)
@@ -306,7 +305,7 @@ class Config:
         return dataclasses.asdict(self)
 
     def dump(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return dump_yaml(self.to_dict())
 
     def hash(self) -> str:
         """Identity of the settings that decide results (not where they run or are written, nor those of a method that is not used)."""

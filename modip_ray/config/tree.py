@@ -76,7 +76,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, str):
-        value = parse_scalar(value)                                                 # YAML 1.1 reads 1e-4 as text
+        value = parse_scalar(value)                                                 # 1e-4 in quotes, or a program's
         ok = isinstance(value, float)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)

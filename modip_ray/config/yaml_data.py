@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def dump_yaml(tree: dict[str, Any]) -> str:
+    """What `read_yaml` reads as the same tree."""
+    return yaml.dump(tree, Dumper=OnceDumper, sort_keys=False)
+
+
 def parse_scalar(text: str) -> Any:
-    """A YAML scalar; unlike YAML 1.1, 1e-4 is a number too."""
+    """The value of a key=value: a YAML scalar, or a mapping or list."""
     try:
-        value = yaml.load(text, OnceLoader)
+        return yaml.load(text, OnceLoader)
     except yaml.YAMLError as e:
         raise ConfigError(f"cannot read the value {shown(text)}: {yaml_problem(e)}") from e
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 class OnceLoader(yaml.SafeLoader):
-    """YAML data, in which a key that is given twice is an error, as the first one would be dropped without a word, and a day is text: it names a folder."""
+    """YAML data, in which a key that is given twice is an error, as the first one would be dropped without a word, a day is text, as it names a folder, and
+    1e-4 and 1.3e9 are numbers wherever they stand (YAML 1.1 asks for a point and a sign: 1.0e-4)."""
 
     yaml_implicit_resolvers = {first: [r for r in resolvers if r[0] != "tag:yaml.org,2002:timestamp"]
                                for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -49,6 +50,14 @@ class OnceLoader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
                 seen.add(key.value)
         return node
+
+
+class OnceDumper(yaml.SafeDumper):
+    """Puts text in quotes that OnceLoader would read as a number."""
+
+
+for reader_or_writer in (OnceLoader, OnceDumper):
+    reader_or_writer.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
 
 
 def yaml_problem(error: Exception) -> str:
