@@ -27,10 +27,12 @@ from modip_ray.config.rules import shown
 from modip_ray.config.tree import merge
 from modip_ray.learning.checkpoint import Checkpoint, CheckpointError, best, newest, write_synced
 from modip_ray.learning.mirror import Mirror
+from modip_ray.oneline import first_line
 from modip_ray.report.rundata import flatten
 
 FREE = ("run_dir", "serial", "resources.", "log.", "eval.", "online.env_steps", "rollout.num_workers", "rollout.env_timeout_s",
         "rollout.max_env_failures", "planner.replicas")    # may differ when a run goes on
+LOCK = ".lock"                      # of the process that trains in a folder; stays there
 OFFLINE_PHASES = ("data", "pretrain")
 PACKAGES = ("torch", "numpy", "ray", "gymnasium", "mujoco")
 
@@ -52,6 +54,16 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise
         raise RunError(f"{error.filename or folder}: cannot be written ({os.strerror(error.errno)}); make room or give access, and the same command goes on "
                        "from the last checkpoint") from error
+
+
+@contextmanager
+def mirror_errors(address: str) -> Iterator[None]:
+    """In the block, what goes wrong on the way from a mirror (a network, rights) is a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{address}: cannot be read ({first_line(error)}); check the address, the network and the credentials, which come from the environment "
+                       "as the storage's own tools take them, and give the same command again") from error
 
 
 class RoleLost(RunError):
@@ -109,7 +121,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def locked(self) -> Any:
-        handle = open(self.path / ".lock", "w")
+        handle = open(self.path / LOCK, "w")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -123,10 +135,12 @@ class RunFolder:
         mirror.check()
         if (self.path / "config.yaml").exists():
             return
-        text = mirror.read("config.yaml")
+        with mirror_errors(address):
+            text = mirror.read("config.yaml")
         if text is not None:
             check_same(yaml.safe_load(text), self.cfg, address)
-        found = mirror.pull(self.path)
+        with mirror_errors(address):
+            found = mirror.pull(self.path)
         if found is not None:
             print(f"restored from {address}: checkpoint {found.path.name}", flush=True)
 
@@ -148,7 +162,7 @@ class RunFolder:
 def is_open(path: Path) -> bool:
     """Whether a process holds the run's lock: one of this machine, or of another that shares the file system's locks. Tried, and given back at once."""
     try:
-        with open(path / ".lock") as handle:
+        with open(path / LOCK) as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -14,7 +14,7 @@ from modip_ray.config import Config, ConfigError
 from modip_ray.learning.env_source import env_factory
 from modip_ray.learning.evaluation import EvalMode, jobs_for, joined, modes_of, run_job
 from modip_ray.learning.offline_data import collect_to, policy_of
-from modip_ray.policy import agent_of_run, check_mode, load
+from modip_ray.policy import SavedAgent, agent_of_run, check_mode, load
 from modip_ray.report.scores import ratio
 from modip_ray.runfolder import Which, command_line, git_commit, machine, saved_config, versions
 from modip_ray.session import score
@@ -27,21 +27,26 @@ from modip_ray.tasks.scores import paired_difference
 def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({}),
                  checkpoint: Which = "newest") -> dict:
     """S of a mode, measured again: the same seeds in the same groups give the returns of the run's own summary."""
-    saved = agent_of_run(run, overrides, checkpoint)
+    return measured(agent_of_run(run, overrides, checkpoint), mode, episodes, seed, overrides)
+
+
+def measured(saved: SavedAgent, mode: EvalMode, episodes: int | None, seed: int | None, overrides: Mapping[str, Any]) -> dict:
+    """As `evaluate_run`, of an opened checkpoint."""
     cfg = saved.cfg
     check_mode(cfg, mode)
     if mode == "bc":
         saved.need_bc()
     jobs = jobs_for(mode, episodes or cfg.eval.episodes, cfg.eval.seed if seed is None else seed)
     measures, seeds = joined([run_job(cfg, saved.agent, env_factory(cfg.task), job, saved.env_steps, saved.bc) for job in jobs], mode)
-    return {"mode": mode, "run": str(run), "checkpoint": saved.version, "env_steps": saved.env_steps, "settings": dict(overrides), "command": command_line(),
-            **score(cfg, measures, seeds)}
+    return {"mode": mode, "run": str(saved.run), "checkpoint": saved.version, "env_steps": saved.env_steps, "settings": dict(overrides),
+            "command": command_line(), **score(cfg, measures, seeds)}
 
 
 def compare_run(run: Path, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({}),
                 checkpoint: Which = "newest") -> dict:
     """BC, the policy alone and the planner, where there is one, on the same seeds; against_bc holds the paired differences and the ratio of means."""
-    scores = {mode: evaluate_run(run, mode, episodes, seed, overrides, checkpoint) for mode in modes_of(saved_config(run))}
+    saved = agent_of_run(run, overrides, checkpoint)                                # one for all of them: a run that is at work writes others
+    scores = {mode: measured(saved, mode, episodes, seed, overrides) for mode in modes_of(saved.cfg)}
     bc = scores["bc"]
     against = {mode: paired_difference(s["values"], bc["values"]) | {"ratio": ratio(scores, mode)}
                for mode, s in scores.items() if mode != "bc"}

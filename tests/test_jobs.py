@@ -18,6 +18,7 @@ from zipfile import ZipFile
 import pytest
 
 from cluster.local import LocalCluster
+from modip_ray.cli import parser
 from modip_ray.cli.submitted import check_name, on_cluster, prepare, shell_word, submission
 from modip_ray.config import ConfigError
 from modip_ray.jobs import client as jobs
@@ -27,6 +28,7 @@ from modip_ray.jobs.fetch import MARK, Receiver, check_target, replace, unpack
 from modip_ray.jobs.package import write_package
 from modip_ray.learning.checkpoint import newest
 from modip_ray.report.metrics import read_metrics
+from modip_ray.runfolder import LOCK
 from tests.fakes import SMALL, write_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,7 +223,10 @@ def test_commands_for_the_cluster(tmp_path):
     assert (train.label, train.run_dir, train.local_dir) == ("d", "~/s/runs/d", "runs/d")
     named = prepare(["train", "resources.ray_address=local"], "n1", "/s", tmp_path)
     assert named.arguments == ["train", "resources.ray_address=local", "run_dir=/s/runs/n1"] and named.label == "n1"
-    assert prepare(["train", "--config", "cluster"], "n2", "/s", tmp_path).arguments[-1] == "run_dir=/s/runs/n2", "the file has the address"
+    addressed = prepare(["train", "--config", "cluster"], "n2", "/s", tmp_path)
+    assert addressed.arguments == ["train", "run_dir=/s/runs/n2", "--config", "cluster"], "the file has the address"
+    first = prepare(["train", "run_dir=runs/d", "seed=1", "--config", "demo"], None, "/s", tmp_path)
+    assert first.arguments == ["train", "seed=1", "run_dir=/s/runs/d", "resources.ray_address=auto", "--config", "demo"]
     absolute = prepare(["train", "run_dir=/data/r1"], None, "/s", tmp_path)
     assert (absolute.run_dir, absolute.local_dir) == ("/data/r1", "runs/r1")
     unnamed = prepare(["train", "task=hopper-medium"], None, "/s", tmp_path)
@@ -236,6 +241,10 @@ def test_commands_for_the_cluster(tmp_path):
     assert compared.arguments == ["study", "main", "seeds=[0]", "out=~/s/runs/s"] and (compared.run_dir, compared.local_dir) == ("~/s/runs/s", "runs/s")
     measured = prepare(["eval", "runs/d", "--mode", "all", "--json", "runs/d/e.json"], None, "~/s", tmp_path)
     assert measured.arguments == ["eval", "~/s/runs/d", "--mode", "all", "--json", "~/s/runs/d/e.json"] and measured.local_dir == "runs/d"
+    joined = prepare(["eval", "runs/d", "--json=e.json", "--mode=all"], None, "~/s", tmp_path)
+    assert joined.arguments == ["eval", "~/s/runs/d", "--json=~/s/e.json", "--mode=all"]
+    for command in (train, named, absolute, first, search, started, compared, measured, joined):
+        assert parser().parse_args(command.arguments), "it can be read where it is to run"
     both = prepare(["report", "runs/a", "runs/b"], None, "~/s", tmp_path)
     assert both.arguments == ["report", "~/s/runs/a", "~/s/runs/b"] and both.run_dir is None
     entry = submission(train, "python3", tmp_path / "p.zip").entrypoint
@@ -292,6 +301,19 @@ def test_a_folder_survives_the_log_whole(run, tmp_path):
     assert set(files(tmp_path / "small")) == {"config.yaml", "report/index.html"}
 
 
+def test_a_checkpoint_that_the_run_drops_meanwhile_arrives_whole(run, tmp_path, monkeypatch):
+    """Removed when the first file is on its way."""
+    line = jobs_send.Lines.line
+
+    def dropped(self, size):
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        line(self, size)
+    monkeypatch.setattr(jobs_send.Lines, "line", dropped)
+    whole = {k: v for k, v in files(run).items() if "step_2" not in k}
+    unpack(received(tmp_path, sent(run)).path, tmp_path / "back")
+    assert files(tmp_path / "back") == whole and "checkpoints/step_1/replay.npz" in whole
+
+
 def test_damage_on_the_way_is_noticed(run, tmp_path):
     text = sent(run)
     lines = text.splitlines(keepends=True)
@@ -326,6 +348,10 @@ def test_only_an_earlier_copy_is_replaced(tmp_path):
         check_target(target)
     (target / MARK).write_text("{}")
     check_target(target)
+    (target / LOCK).touch()
+    with pytest.raises(JobError, match="trained further here"):
+        check_target(target)
+    (target / LOCK).unlink()
     (new / "theirs").write_text("2")
     replace(new, target)
     assert [p.name for p in target.iterdir()] == ["theirs"]

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,13 +168,29 @@ def test_a_restored_trial_goes_on_bit_for_bit_and_its_checkpoint_is_a_run_folder
     assert same(tmp_path / "plain", tmp_path / "restored", (0, 1)) and not same(tmp_path / "plain", tmp_path / "saved", (0, 1))
     timeless = {k for k in plain if k not in ("train_s", "eval_s")}
     assert {k: plain[k] for k in timeless} == {k: restored[k] for k in timeless}
-    assert 40 <= first["env_steps"] < 80 <= plain["env_steps"] < 120 and not plain["done"] and len(plain["mpc"]["by_seed"]) == 2
+    assert (first["env_steps"], plain["env_steps"]) == (42, 84) and not plain["done"] and len(plain["mpc"]["by_seed"]) == 2
     assert plain["mpc"]["mean"] == pytest.approx(np.mean(plain["mpc"]["by_seed"]))
 
     from modip_ray.saved_run import evaluate_run
     cfg = settings.member(1)
     measured = evaluate_run(tmp_path / "plain" / "seed_1", "mpc", cfg.eval.every_episodes, cfg.eval.seed)
     assert measured["mean"] == plain["mpc"]["by_seed"][1]
+
+
+def test_iterations_are_of_the_same_steps_however_long_segments_are(tmp_path, data):
+    """Four environments whose episodes all end after 15 steps: stored whole they would be 60 steps at a time, more than an iteration of 40."""
+    trial = Trial(trial_settings(params(data, rollout__envs_per_worker=4, rollout__num_workers=1, rollout__segment_length=200)), tmp_path / "shared")
+    assert [trial.iterate()["env_steps"] for _ in range(4)] == [40, 80, 120, 160]
+
+
+def test_a_line_that_was_cut_short_is_passed_over_and_the_next_row_begins_its_own(tmp_path):
+    from modip_ray.search.watch import Rows
+    (tmp_path / "result.json").write_text('{"training_iteration": 1, "mpc": {"mean": 2}}\n{"training_it')
+    assert [row["mpc/mean"] for row in read_rows(tmp_path)] == [2]
+    Rows()._restore_from_remote("result.json", SimpleNamespace(local_path=str(tmp_path)))
+    with (tmp_path / "result.json").open("a") as file:
+        file.write('{"training_iteration": 2, "mpc": {"mean": 3}}\n')
+    assert [row["mpc/mean"] for row in read_rows(tmp_path)] == [2, 3]
 
 
 def test_perturbed_settings_are_in_force_on_the_donors_state_and_others_are_refused(tmp_path, data):

@@ -82,10 +82,11 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def run_restore(args: argparse.Namespace) -> int:
     from modip_ray.learning.mirror import Mirror
-    from modip_ray.runfolder import RunError
+    from modip_ray.runfolder import RunError, mirror_errors
     if args.run_folder.exists():
         raise RunError(f"{args.run_folder}: is there already; give the name of a new folder")
-    found = Mirror(args.address).pull(args.run_folder)
+    with mirror_errors(args.address):
+        found = Mirror(args.address).pull(args.run_folder)
     if found is None:
         raise RunError(f"{args.address}: has no finished checkpoint; expected what a run with log.mirror={args.address} puts there")
     print(found.path)

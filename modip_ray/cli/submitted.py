@@ -7,7 +7,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -41,40 +41,48 @@ def prepare(arguments: Sequence[str], name: str | None, storage: str, folder: Pa
         with chdir(folder):
             cfg = load(args.config, args.settings)
         label = name or (PurePosixPath(cfg.run_dir).name if cfg.run_dir else f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        moved = with_path(arguments, "pretrain.start", cfg.pretrain.start, storage)
-        return writing(moved, "run_dir", cfg.run_dir or f"runs/{label}", label, storage, {"resources.ray_address": cfg.resources.ray_address})
+        moved = {"pretrain.start": cfg.pretrain.start, "run_dir": cfg.run_dir or f"runs/{label}"}
+        return writing(arguments, args.settings, "train", moved, label, storage, {"resources.ray_address": cfg.resources.ray_address})
     if args.command == "tune":
         from modip_ray.search.spec import load_search
         with chdir(folder):
             search = load_search(args.search_file, args.settings)
-        moved = with_path(arguments, "start", search.start, storage)
-        return writing(moved, "out", search.out, name or PurePosixPath(search.out).name, storage, {"ray_address": search.ray_address})
+        moved = {"start": search.start, "out": search.out}
+        return writing(arguments, args.settings, str(args.search_file), moved, name or PurePosixPath(search.out).name, storage,
+                       {"ray_address": search.ray_address})
     if args.command == "study":
         from modip_ray.study.spec import load_study
         with chdir(folder):
             study = load_study(args.study_file, args.settings)
-        return writing(list(arguments), "out", str(study.out), name or study.folder.name, storage, {})
+        return writing(arguments, args.settings, str(args.study_file), {"out": str(study.out)}, name or study.folder.name, storage, {})
     return other(list(arguments), args, name, storage)
 
 
-def with_path(arguments: Sequence[str], key: str, value: str | None, storage: str) -> list[str]:
-    """The arguments with a setting that names a run folder, from wherever it came, as a path under `storage`: runs do not travel."""
-    others = [a for a in arguments if not a.startswith(f"{key}=")]
-    return list(arguments) if value is None else [*others, f"{key}={on_cluster(value, storage)}"]
+def writing(arguments: Sequence[str], settings: Sequence[str], before: str, moved: Mapping[str, str | None], label: str, storage: str,
+            address: Mapping[str, str]) -> Command:
+    """train, tune and study: the settings `moved`, which name run folders, wherever they came from, under `storage`, as runs do not travel (None: not given;
+    the last one is the folder that is written), and the cluster's address unless the user gave one.
 
-
-def writing(arguments: list[str], key: str, run_dir: str, label: str, storage: str, address: dict[str, str]) -> Command:
-    """train, tune and study: the folder that the setting `key` names, under `storage`, and the cluster's address unless the user gave one."""
-    there = on_cluster(run_dir, storage)
-    joined = [f"{name}=auto" for name, value in address.items() if value == "local" and not any(a.startswith(f"{name}=") for a in arguments)]
-    return Command([a for a in arguments if not a.startswith(f"{key}=")] + [f"{key}={there}", *joined], label, there, here_for(run_dir))
+    They stand behind the user's own settings, or behind the argument `before`: argparse takes no second group of settings behind an option.
+    """
+    given = {item.partition("=")[0] for item in settings}
+    there = {key: on_cluster(value, storage) for key, value in moved.items() if value is not None}
+    own = there | {key: "auto" for key, value in address.items() if value == "local" and key not in given}
+    end = len(arguments) - list(reversed(arguments)).index(settings[-1] if settings else before)
+    kept = [a for a in arguments[:end] if a.partition("=")[0] not in there]
+    folder = list(moved)[-1]
+    return Command([*kept, *(f"{key}={value}" for key, value in own.items()), *arguments[end:]], label, there[folder], here_for(str(moved[folder])))
 
 
 def other(arguments: list[str], args: argparse.Namespace, name: str | None, storage: str) -> Command:
     """eval, report, collect, ...: relative paths that name runs (or what is written) become paths under `storage`."""
     values = [getattr(args, name, None) for name in RUN_ARGUMENTS]
     paths = {str(Path(v)) for value in values if value is not None for v in (value if isinstance(value, list) else [value]) if str(v) != "demonstrator"}
-    moved = [on_cluster(a, storage) if str(Path(a)) in paths else a for a in arguments]
+
+    def there(argument: str) -> str:
+        option, sep, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        return f"{option}{sep}{on_cluster(value, storage)}" if value and str(Path(value)) in paths else argument
+    moved = [there(a) for a in arguments]
     runs = [args.run_folder] if hasattr(args, "run_folder") else getattr(args, "runs", [])
     if len(runs) != 1:
         return Command(moved, name or args.command)

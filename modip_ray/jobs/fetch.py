@@ -19,6 +19,7 @@ from ray.job_submission import JobDetails
 from modip_ray.jobs import send
 from modip_ray.jobs.client import Client, JobError, follow, plain_errors
 from modip_ray.jobs.send import END, FAILED, PREFIX
+from modip_ray.runfolder import LOCK
 
 MARK = "fetched.json"               # in a local copy: whose it is, and that it may be replaced
 
@@ -43,9 +44,10 @@ def fetch(client: Client, run_dir: str, target: Path, python: str, checkpoints: 
 
 
 def check_target(target: Path) -> None:
-    """JobError where `target` is something else than an earlier copy: a run of this machine is never overwritten."""
-    if target.exists() and not (target / MARK).is_file():
-        raise JobError(f"{target}: exists here and is no copy fetched earlier; move it away, or name another place with --to")
+    """JobError where `target` is something else than an earlier copy, or one that was trained further here: a run of this machine is never overwritten."""
+    if target.exists() and (not (target / MARK).is_file() or (target / LOCK).exists()):             # hidden files do not travel: a lock is of this machine
+        what = "is a copy that was trained further here" if (target / MARK).is_file() else "exists here and is no copy fetched earlier"
+        raise JobError(f"{target}: {what}; move it away, or name another place (jobs fetch: --to, submit: another run_dir)")
 
 
 def start(client: Client, job_id: str, run_dir: str, python: str, checkpoints: bool, folder: Path, received: Receiver) -> JobDetails:

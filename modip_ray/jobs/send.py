@@ -69,16 +69,24 @@ def files_of(folder: Path, checkpoints: bool) -> list[Path]:
 
 
 def send(folder: Path, checkpoints: bool, out) -> None:
-    lines = Lines(out)
+    lines, files = Lines(out), files_of(folder, checkpoints)
+    held = {path: file for path in files if path.parts[len(folder.parts)] == "checkpoints" and (file := opened(path)) is not None}
     with gzip.GzipFile(fileobj=lines, mode="wb", compresslevel=1) as packed, tarfile.open(fileobj=packed, mode="w|") as archive:
-        for path in files_of(folder, checkpoints):
-            try:
-                file = open(path, "rb")
-            except FileNotFoundError:                                    # an old checkpoint that was just removed
+        for path in files:
+            file = held.pop(path, None) or opened(path)
+            if file is None:
                 continue
             with file:                                                   # its size as of now: a log may grow meanwhile
                 archive.addfile(archive.gettarinfo(arcname=str(path.relative_to(folder)), fileobj=file), file)
     lines.finish()
+
+
+def opened(path: Path):
+    """None for a file that was removed since it was listed. Those of checkpoints are opened before the first is sent: the run may drop them meanwhile."""
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        return None
 
 
 def main() -> int:

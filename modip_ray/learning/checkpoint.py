@@ -138,13 +138,20 @@ def commit_best(folder: Path, score: float) -> Path:
     shutil.rmtree(final, ignore_errors=True)
     seal(folder, counters | {"score": score}, final)
     for path in before:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)                                     # where that is not finished, `best` passes over what is left
     return final
 
 
 def best(root: Path) -> Checkpoint | None:
-    """The best checkpoint by its periodic evaluation (log.keep_best), for acting only; None where there is none. CheckpointError when it is damaged."""
-    found = [verified(path) for path in root.glob(f"{BEST}*")]
+    """The best checkpoint by its periodic evaluation (log.keep_best), for acting only; None where there is none. CheckpointError where all are damaged."""
+    found, problems = [], []
+    for path in root.glob(f"{BEST}*"):
+        try:
+            found.append(verified(path))
+        except CheckpointError as error:                                            # an older one, whose removal a kill cut short
+            problems.append(error)
+    if problems and not found:
+        raise problems[0]
     return max(found, key=lambda c: c.counters["score"], default=None)
 
 
@@ -229,10 +236,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Text to a file that appears complete or not at all."""
+def write_synced(path: Path, content: str | bytes) -> None:
+    """To a file that appears complete or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)

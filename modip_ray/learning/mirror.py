@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modip_ray.config import ConfigError
-from modip_ray.learning.checkpoint import DONE, Checkpoint, CheckpointError, folders, order, verified
+from modip_ray.learning.checkpoint import DONE, Checkpoint, CheckpointError, folders, order, verified, write_synced
 from modip_ray.oneline import first_line
 
 if TYPE_CHECKING:
@@ -131,12 +131,13 @@ class Mirror:
                 problems.append(str(error))
                 shutil.rmtree(folder)
                 continue
-            os.replace(folder, final := folder.with_name(name))
-            for other in BESIDE:
+            shutil.rmtree(final := folder.with_name(name), ignore_errors=True)      # of a restoring that was cut short
+            os.replace(folder, final)
+            for other in reversed(BESIDE):                                          # config.yaml last: with it all is there
                 content = self.read(other)
                 if content is not None:
                     (run / other).parent.mkdir(exist_ok=True)
-                    (run / other).write_bytes(content)
+                    write_synced(run / other, content)
             return verified(final)
         if problems:
             raise CheckpointError(f"{self.address}: none of its checkpoints can be used ({'; '.join(problems)})")

@@ -28,10 +28,13 @@ COLLECTION = "collection"           # checkpoint component
 
 
 class SerialSystem:
-    """Updates come first whenever the limiter allows one; else the environments take a step."""
+    """Updates come first whenever the limiter allows one; else the environments take a step.
 
-    def __init__(self, setup: Setup):
-        self.setup, self.cfg = setup, setup.cfg
+    exact: `advance` stores `until` steps and no more (but for what is stepped together), cutting open segments there; else whole segments, as they close.
+    """
+
+    def __init__(self, setup: Setup, exact: bool = False):
+        self.setup, self.cfg, self.exact = setup, setup.cfg, exact
         cfg = setup.cfg
         prepare_process(cfg.resources.torch_threads)
         self.timers = {role: Timer() for role in ("driver", "planner", "learner", "rollout", "evaluator")}
@@ -71,7 +74,7 @@ class SerialSystem:
                 break
             else:
                 with self.timers["driver"]("collect"):
-                    self.collect()
+                    self.collect(until if self.exact else self.cfg.online.env_steps)
         (returns, self.returns), (incidents, self.incidents) = (self.returns, []), (self.incidents, [])
         return Status(self.replay.env_steps, self.learner.updates, self.learner.policy_updates, done, self.updater.take_metrics(), returns,
                       incidents + self.updater.take_incidents())
@@ -85,14 +88,13 @@ class SerialSystem:
         open_streams = [s for s in STREAMS if limiter.may_sample(s)]
         return min(open_streams, key=lambda s: limiter.granted[s] / limiter.allowed(s)) if open_streams else None
 
-    def collect(self) -> None:
-        """One chunk in every environment; segments that are closed go to the replay."""
-        cfg = self.cfg
+    def collect(self, until: int) -> None:
+        """One chunk in every environment; segments that are closed go to the replay, all of them once `until` steps are taken."""
         if self.collector is None:
             self.collector = self.new_collector()
         with self.timers["rollout"]("step"):
             self.taken += self.collector.step(self.plan)
-        segments = self.collector.take_segments(flush=self.taken >= cfg.online.env_steps)
+        segments = self.collector.take_segments(flush=self.taken >= until)
         self.replay.add(segments)
         self.returns += [episode.ret for episode in self.collector.take_episodes()]
         self.incidents += [f"{fault}; the environment was made anew" for fault in self.collector.take_faults()]

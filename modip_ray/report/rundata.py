@@ -30,6 +30,7 @@ class RunData:
     path: Path
     rows: list[dict]
     resumes: list[dict]
+    timings: list[dict]     # rows of kind timing, and of kind resume where another process went on
     summary: dict
     config: dict[str, Any]
     page_dir: Path  # folder of the page, which links are relative to
@@ -88,6 +89,7 @@ def load_run(run_dir: str | Path, page_dir: Path | None = None) -> RunData:
         path=path,
         rows=live_rows(rows),
         resumes=[row for row in rows if row.get("kind") == "resume"],
+        timings=[row for row in rows if row.get("kind") in ("timing", "resume")],
         summary=summary,
         config=config,
         page_dir=page_dir or path / "report",
@@ -95,16 +97,21 @@ def load_run(run_dir: str | Path, page_dir: Path | None = None) -> RunData:
 
 
 def role_times(rows: Sequence[Mapping]) -> list[RoleTime]:
-    """Timing rows (cumulative since their process started) by role; a fall of the counts marks a new process, whose times are added."""
+    """Timing rows (cumulative since their process started) by role. A row of kind resume, or a fall of the counts (of a role that was made anew), marks a new
+    process, whose times are added."""
     segments: dict[str, list[Mapping]] = {}
+    current: set[str] = set()                                                       # roles with a row since the last resume
     for row in rows:
+        if row.get("kind") == "resume":
+            current.clear()
         if row.get("kind") != "timing":
             continue
-        mine = segments.setdefault(str(row.get("role")), [])
-        if mine and _blocks(row) >= _blocks(mine[-1]):
+        mine = segments.setdefault(role := str(row.get("role")), [])
+        if role in current and _blocks(row) >= _blocks(mine[-1]):
             mine[-1] = row
         else:
             mine.append(row)
+        current.add(role)
     times = []
     for role, parts in segments.items():
         snapshot = merge_snapshots({"seconds": p.get("seconds") or {}, "counts": p.get("counts") or {}} for p in parts)

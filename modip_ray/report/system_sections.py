@@ -29,7 +29,7 @@ SHOWN = 30                          # incidents, the newest
 
 
 def system(run: RunData) -> str:
-    rows, roles = run.of_kind("system"), role_times(run.rows)
+    rows, roles = run.of_kind("system"), role_times(run.timings)
     parts = [utilisation(roles) if roles else missing("No utilisation: metrics.jsonl holds no row of kind 'timing' yet.")]
     walls = [row["wall_s"] / 60 for row in rows if row.get("wall_s") is not None] or [0.0]
     how = {"level": 0.0, "span": (min(walls), max(walls))}

@@ -46,14 +46,18 @@ def trial_number(folder: Path | str) -> int:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """A trial's reports, flat ("mpc/mean"), oldest first; of an iteration that was reported twice (a killed driver) the later one counts."""
+    """A trial's reports, flat ("mpc/mean"), oldest first; of an iteration that was reported twice (a killed driver) the later one counts, and a line that a
+    full disk or a power cut left unfinished does not."""
     try:
         lines = (folder / "result.json").read_text().splitlines()
     except FileNotFoundError:
         return []
     rows = {}
     for line in lines:
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
         row.pop("config", None)
         rows[row["training_iteration"]] = {k.replace(".", "/"): v for k, v in flatten(row).items()}
     return [rows[i] for i in sorted(rows)]

@@ -92,7 +92,7 @@ class Trial:
         factory = env_factory(cfg.task)
         data = self.offline_data()
         _, low, high = spaces(factory)
-        return SerialSystem(Setup(cfg, build_spec(cfg, data.episodes, low, high), data.episodes, factory, checkpoint=checkpoint))
+        return SerialSystem(Setup(cfg, build_spec(cfg, data.episodes, low, high), data.episodes, factory, checkpoint=checkpoint), exact=True)
 
     def offline_data(self) -> Dataset:
         """The data, read once in this process; collected ones once in the whole search, by the trial that comes first."""

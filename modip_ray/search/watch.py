@@ -68,8 +68,12 @@ class Rows(JsonLoggerCallback):
     """result.json of each trial. Ray's own fetches the stored copy whenever a trial begins again, over rows that are not stored yet: PBT would lose some."""
 
     def _restore_from_remote(self, file_name: str, trial: Trial) -> None:
-        if not Path(trial.local_path, file_name).exists():
+        path = Path(trial.local_path, file_name)
+        if not path.exists():
             super()._restore_from_remote(file_name, trial)
+        elif not path.read_bytes().endswith(b"\n") and path.stat().st_size:          # cut short by a full disk, or a power cut: the next row begins a line
+            with path.open("ab") as file:
+                file.write(b"\n")
 
 
 def last_line(error: BaseException | None) -> str:

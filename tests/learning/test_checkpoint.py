@@ -174,8 +174,13 @@ def test_the_best_is_kept_without_its_replay_and_gives_way_to_a_better_one_only(
         assert (found.counters["env_steps"], found.counters["score"]) == ((10, 5.0) if steps < 30 else (30, 7.0))
         assert found.has("learner_policy") and found.has("bc") and not found.has("replay")
     assert len(list(tmp_path.glob("best_*"))) == 1 and [newest(tmp_path).path] == folders(tmp_path)
+    half = tmp_path / "best_step_000000010_u0000000"                                # a removal that a kill cut short
+    half.mkdir()
+    assert best_score(tmp_path) == 7.0 and best(tmp_path).path == found.path
     (found.path / "bc.safetensors").unlink()
     assert best_score(tmp_path) == float("-inf")
+    with pytest.raises(CheckpointError):
+        best(tmp_path)
 
 
 def test_a_writer_sets_damaged_ones_aside_so_that_they_do_not_count_as_kept(tmp_path):

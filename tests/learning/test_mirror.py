@@ -71,6 +71,15 @@ def test_an_address_that_cannot_be_used_is_said_before_anything_starts(value, wo
     assert words in str(error.value) and not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_mirror_that_fails_on_the_way_is_said(tmp_path, monkeypatch, capsys):
+    def fails(self, *args):
+        raise OSError("connection reset")
+    monkeypatch.setattr(Mirror, "names", fails)
+    with pytest.raises(SystemExit) as ended:
+        main(["restore", str(tmp_path / "there"), str(tmp_path / "run")])
+    assert ended.value.code == 2 and "connection reset" in capsys.readouterr().err
+
+
 def test_a_lost_run_folder_is_restored_and_the_run_goes_on(tmp_path, capsys):
     run, there = tmp_path / "run", tmp_path / "there"
 
@@ -82,6 +91,10 @@ def test_a_lost_run_folder_is_restored_and_the_run_goes_on(tmp_path, capsys):
     shutil.rmtree(run)
     assert train(settings(120), PointEnv)["env_steps"] == 120
     assert [row["env_steps"] for row in read_metrics(run) if row["kind"] == "resume"] == [60] and newest(run / "checkpoints").counters["env_steps"] == 120
+    shutil.rmtree(run)
+    Mirror(str(there)).pull(run)
+    (run / "config.yaml").unlink()                                                  # as if killed before the last file was there
+    assert train(settings(120), PointEnv)["env_steps"] == 120
     for code, expected in ((0, str(tmp_path / "fetched")), (2, "is there already")):
         with pytest.raises(SystemExit) as ended:
             main(["restore", str(there), str(tmp_path / "fetched")])
