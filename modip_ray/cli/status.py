@@ -70,7 +70,7 @@ def gather(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder}: no config.yaml there; expected a run folder as written by 'modip train run_dir=...'")
     log = folder / FILE_NAME
     try:
-        run = load_run(folder) if log.is_file() else RunData(folder, [], [], {}, {}, folder)
+        run = load_run(folder) if log.is_file() else RunData(folder, [], [], {}, {}, folder / "report")
     except ValueError as error:
         raise RunError(str(error)) from error
     facts = facts_of(run, is_open(folder))

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +139,23 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 def live_rows(rows: list[dict]) -> list[dict]:
-    """Rows without those that a resume made void: a row before it of which a count lies beyond the checkpoint's."""
+    """Rows without those that a resume made void: a row before it of which a count lies beyond the checkpoint's. Resume rows stay: a process begins there."""
     kept: list[dict] = []
     for row in rows:
         if row.get("kind") == "resume":
-            kept = [old for old in kept if _before(old, row)]
-        else:
-            kept.append(row)
+            kept = [old for old in kept if old.get("kind") == "resume" or _before(old, row)]
+        kept.append(row)
     return kept
+
+
+def by_process(rows: Sequence[Mapping]) -> list[list[Mapping]]:
+    """Rows of each process that worked on the run, its resume row first."""
+    processes: list[list[Mapping]] = [[]]
+    for row in rows:
+        if row.get("kind") == "resume":
+            processes.append([])
+        processes[-1].append(row)
+    return processes
 
 
 def to_plain(value: Any, key: str = "value") -> Any:

@@ -62,7 +62,7 @@ def returns_of_plans(rows: Sequence[Mapping]) -> str:
         pairs, corr, bias = pairs_of(row), row.get("plan_corr"), row.get("plan_bias")
         facts = [f"Correlation {'unknown' if corr is None else f'{corr:.2f}'}"]
         facts += [f"predictions are {number(abs(bias))} too {'high' if bias > 0 else 'low'} on average"] if bias is not None else []
-        acted = acted_on(row, len(pairs))
+        acted = [a for _, _, a in decisions_of(row)]
         svg = plots.calibration(*zip(*pairs, strict=True), low, high, "mpc", marked=acted, label=f"Predicted against realised return of plans, {when}",
                                 xlabel="predicted return of the plan")
         charts.append(f"<div><h3>Plans {when}</h3>{figure(svg, '; '.join([*facts, f'{len(pairs)} decisions, {sum(acted)} acted on a plan.']))}</div>")
@@ -70,13 +70,16 @@ def returns_of_plans(rows: Sequence[Mapping]) -> str:
     return f'{legend(keys)}<div class="charts">{"".join(charts)}</div>'
 
 
-def acted_on(row: Mapping, n: int) -> list[bool]:
-    """Which of the n decisions executed a plan that the guard let through; all, in rows of earlier versions, which did not say."""
-    return [bool(v) for v in row.get("plan_acted") or [True] * n]
+def decisions_of(row: Mapping) -> list[tuple[float, float, bool]]:
+    """Predicted and realised return of each decision where both are numbers, and whether it executed a plan that the guard let through (rows of earlier
+    versions do not say: all did)."""
+    predicted = row.get("plan_pred") or []
+    acted = row.get("plan_acted") or [True] * len(predicted)
+    return [(p, r, bool(a)) for p, r, a in zip(predicted, row.get("plan_return") or [], acted, strict=False) if p is not None and r is not None]
 
 
 def pairs_of(row: Mapping) -> list[tuple[float, float]]:
-    return [(p, r) for p, r in zip(row.get("plan_pred") or [], row.get("plan_return") or [], strict=False) if p is not None and r is not None]
+    return [(p, r) for p, r, _ in decisions_of(row)]
 
 
 def measured(rows: Sequence[Mapping], key: str) -> tuple[list[float], list[float]]:

@@ -15,7 +15,7 @@ from modip_ray.timing import Snapshot, merge_snapshots
 
 @dataclass(frozen=True)
 class RoleTime:
-    """Where one role's time went: summed over resumes; `total` is the role's wall seconds times its number of workers."""
+    """Where one role's time went: summed over resumes; `total` is the role's wall seconds times its number of workers, which is the newest process's."""
 
     role: str
     snapshot: Snapshot
@@ -28,9 +28,8 @@ class RunData:
     """All that the page shows of one run; `summary` is empty while the run is unfinished, `config` is flat (dotted names)."""
 
     path: Path
-    rows: list[dict]
-    resumes: list[dict]
-    timings: list[dict]     # rows of kind timing, and of kind resume where another process went on
+    rows: list[dict]        # less those that a resume made void
+    written: list[dict]     # all of them
     summary: dict
     config: dict[str, Any]
     page_dir: Path  # folder of the page, which links are relative to
@@ -38,6 +37,10 @@ class RunData:
     @property
     def finished(self) -> bool:
         return bool(self.summary)
+
+    @property
+    def resumes(self) -> list[dict]:
+        return self.of_kind("resume")
 
     @property
     def task(self) -> str:
@@ -88,8 +91,7 @@ def load_run(run_dir: str | Path, page_dir: Path | None = None) -> RunData:
     return RunData(
         path=path,
         rows=live_rows(rows),
-        resumes=[row for row in rows if row.get("kind") == "resume"],
-        timings=[row for row in rows if row.get("kind") in ("timing", "resume")],
+        written=rows,
         summary=summary,
         config=config,
         page_dir=page_dir or path / "report",
@@ -117,7 +119,8 @@ def role_times(rows: Sequence[Mapping]) -> list[RoleTime]:
         snapshot = merge_snapshots({"seconds": p.get("seconds") or {}, "counts": p.get("counts") or {}} for p in parts)
         workers = int(parts[-1].get("workers") or 1)
         timed = sum(seconds for name, seconds in snapshot["seconds"].items() if not _has_parent(name, snapshot["seconds"]))
-        wall = max(float(p.get("wall_s") or 0.0) for p in parts) * workers
+        ends = [0.0, *(float(p.get("wall_s") or 0.0) for p in parts)]
+        wall = sum(max(0.0, end - begun) * int(p.get("workers") or 1) for p, begun, end in zip(parts, ends, ends[1:], strict=False))
         times.append(RoleTime(role, snapshot, max(timed, wall), workers))
     return times
 

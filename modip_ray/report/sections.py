@@ -146,7 +146,7 @@ def timing(run: RunData) -> str:
     parts = []
     if run.summary.get("phase_s"):
         parts.append(f"<h3>Phases</h3>{phases_table(run.summary['phase_s'])}")
-    for role in role_times(run.timings):
+    for role in role_times(run.rows):
         many = f" ({role.workers} workers together)" if role.workers > 1 else ""
         parts.append(f"<h3>{esc(role.role)}{many}</h3>{time_table(role.snapshot, role.total)}")
     if not parts:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from modip_ray.report.metrics import by_process
 from modip_ray.report.names import ROLES, SYSTEM
 from modip_ray.report.parts import chart_of, esc, folded, missing, section, table
 from modip_ray.report.plots import Line
@@ -29,12 +30,12 @@ SHOWN = 30                          # incidents, the newest
 
 
 def system(run: RunData) -> str:
-    rows, roles = run.of_kind("system"), role_times(run.timings)
+    rows, roles = run.of_kind("system"), role_times(run.rows)
     parts = [utilisation(roles) if roles else missing("No utilisation: metrics.jsonl holds no row of kind 'timing' yet.")]
     walls = [row["wall_s"] / 60 for row in rows if row.get("wall_s") is not None] or [0.0]
     how = {"level": 0.0, "span": (min(walls), max(walls))}
-    charts = [chart_of(speed(rows, "env_steps", "environment steps"), "environment steps a second", MINUTES, keys=False, **how),
-              chart_of(speed(rows, "updates", "updates of world model and critic"), "updates of the world model a second", MINUTES, keys=False, **how)]
+    charts = [chart_of(speed(run.rows, "env_steps", "environment steps"), "environment steps a second", MINUTES, keys=False, **how),
+              chart_of(speed(run.rows, "updates", "updates of world model and critic"), "updates of the world model a second", MINUTES, keys=False, **how)]
     for title, keys in CHARTS:
         found = gauges(rows, keys)
         charts.append(chart_of(found, title, MINUTES, keys=len(keys) > 1, **how) if any(max(line.y) > 0 for line in found) else "")
@@ -46,7 +47,7 @@ def system(run: RunData) -> str:
     if not any(row.get("planner/rows_per_batch") is not None for row in rows):
         parts.append(missing("No planner's batches and no staleness of weights: they are numbers of a run on Ray, and of runs long enough for two rows."))
     parts.append(waits(rows, how))
-    parts.append(happenings(run, rows))
+    parts.append(happenings(run))
     return section("System", *parts)
 
 
@@ -82,9 +83,12 @@ def gauges(rows: Sequence[Mapping], keys: Iterable[tuple[str, str]]) -> list[Lin
 
 
 def speed(rows: Sequence[Mapping], key: str, label: str) -> list[Line]:
-    """What a counter grew by in a second, between rows; rows where it fell (a resume) or no time passed are left out."""
-    points = [(float(row["wall_s"]), float(row[key])) for row in rows if row.get(key) is not None and row.get("wall_s") is not None]
-    rates = [((t0 + t1) / 120, (c1 - c0) / (t1 - t0)) for (t0, c0), (t1, c1) in zip(points, points[1:], strict=False) if t1 > t0 and c1 >= c0]
+    """What a counter grew by in a second, between system rows of one process; rows between which it fell or no time passed are left out."""
+    rates = []
+    for process in by_process(rows):
+        points = [(float(row["wall_s"]), float(row[key])) for row in process
+                  if row.get("kind") == "system" and row.get(key) is not None and row.get("wall_s") is not None]
+        rates += [((t0 + t1) / 120, (c1 - c0) / (t1 - t0)) for (t0, c0), (t1, c1) in zip(points, points[1:], strict=False) if t1 > t0 and c1 >= c0]
     if len(rates) < 2:
         return []
     x, y = zip(*rates, strict=True)
@@ -100,9 +104,11 @@ def waits(rows: Sequence[Mapping], how: Mapping[str, Any]) -> str:
     return folded("Waits by role and reason over time", f'<div class="charts small">{"".join(charts)}</div>') if any(charts) else ""
 
 
-def happenings(run: RunData, rows: Sequence[Mapping]) -> str:
-    """Restarts and failures, counted over all processes of the run, and the incidents in words."""
-    counted = {key: over_processes([float(row[key]) for row in rows if row.get(key) is not None]) for key in EVENTS}
+def happenings(run: RunData) -> str:
+    """Restarts and failures, counted over all processes of the run, steps that were lost included, and the incidents in words."""
+    processes = by_process(run.written)
+    counted = {key: sum(over_processes([float(row[key]) for row in rows if row.get("kind") == "system" and row.get(key) is not None]) for rows in processes)
+               for key in EVENTS}
     body = [[f"<code>{esc(key)}</code>", number(n, 0), esc(re.sub(",? since this process began", "", SYSTEM[key].meaning))] for key, n in counted.items() if n]
     incidents = run.of_kind("incident")
     said = f"resumed {len(run.resumes)} time{'' if len(run.resumes) == 1 else 's'}, {len(incidents)} incident{'' if len(incidents) == 1 else 's'}"
@@ -118,6 +124,6 @@ def happenings(run: RunData, rows: Sequence[Mapping]) -> str:
 
 
 def over_processes(values: Sequence[float]) -> float:
-    """The total of a count that begins at 0 with each process: what it had reached at every fall, and at the end."""
+    """The total of a count that begins at 0 with each process of its role: what it had reached at every fall, and at the end."""
     ends = [a for a, b in zip(values, [*values[1:], 0.0], strict=False) if b < a]
     return float(sum(ends))

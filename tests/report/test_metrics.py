@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from modip_ray.report import MetricsLog, live_rows, read_metrics
+from modip_ray.report.metrics import by_process
 from modip_ray.report.sinks import SinkError, row_step, scalars
 
 ROW = {"kind": "train", "phase": "online", "env_steps": 10, "updates": 1, "loss/value": 1.0}
@@ -96,10 +97,16 @@ def test_a_resume_voids_what_lay_beyond_the_checkpoint(tmp_path):
 def test_in_pretraining_the_updates_decide_what_a_resume_voids():
     rows = [{"kind": "train", "env_steps": 0, "updates": u} for u in (1, 2, 3)]
     rows.append({"kind": "resume", "env_steps": 0, "updates": 2})
-    assert [r["updates"] for r in live_rows(rows)] == [1, 2]
+    assert [r["updates"] for r in live_rows(rows) if r["kind"] == "train"] == [1, 2]
     rows = [{"kind": "train", "env_steps": 0, "updates": 3, "policy_updates": u} for u in (10, 20, 30)]       # the world model's are over
     rows.append({"kind": "resume", "env_steps": 0, "updates": 3, "policy_updates": 20})
-    assert [r["policy_updates"] for r in live_rows(rows)] == [10, 20]
+    assert [r["policy_updates"] for r in live_rows(rows) if r["kind"] == "train"] == [10, 20]
+
+
+def test_processes_are_told_apart_also_where_one_went_back_behind_another():
+    rows = [{"kind": "train", "updates": 5}, {"kind": "resume", "updates": 5}, {"kind": "train", "updates": 8}, {"kind": "resume", "updates": 3},
+            {"kind": "timing"}]
+    assert [[r["kind"] for r in p] for p in by_process(live_rows(rows))] == [[], ["resume"], ["resume", "timing"]]
 
 
 def test_scalars_of_each_kind():

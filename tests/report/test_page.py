@@ -162,6 +162,9 @@ def test_role_times_add_up_over_restarts_and_workers():
     more = {"kind": "timing", "role": "learner", "wall_s": 50.0, "seconds": {"update": 8.0}, "counts": {"update": 8}}
     assert role_times([*rows, more])[0].snapshot["counts"] == {"update": 17}, "the same process"
     assert role_times([*rows, {"kind": "resume"}, more])[0].snapshot["counts"] == {"update": 22}, "one that did more until its first row than the one before"
+    fewer = [{"kind": "timing", "role": "rollout", "wall_s": 100.0, "workers": 1, "seconds": {"env": 100.0}, "counts": {"env": 9}}, {"kind": "resume"},
+             {"kind": "timing", "role": "rollout", "wall_s": 200.0, "workers": 4, "seconds": {"env": 400.0}, "counts": {"env": 9}}]
+    assert role_times(fewer)[0].total == 500.0, "each process's time times its workers"
     assert learner.snapshot == {"seconds": {"update": 14.0}, "counts": {"update": 14}} and learner.total == 30.0
     assert rollout.total == 120.0 and rollout.workers == 4
 

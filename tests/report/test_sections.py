@@ -9,7 +9,7 @@ import pytest
 from modip_ray.report import MetricsLog
 from modip_ray.report.compare import comparison, look, names_of, settings
 from modip_ray.report.page import write_report
-from modip_ray.report.plan_sections import MEASURED, measured, planner, realised_gain
+from modip_ray.report.plan_sections import MEASURED, decisions_of, measured, planner, realised_gain, returns_of_plans
 from modip_ray.report.rundata import RoleTime, load_run
 from modip_ray.report.svg import RUNS
 from modip_ray.report.system_sections import gauges, over_processes, speed, system, utilisation
@@ -54,14 +54,33 @@ def test_the_system_section_counts_restarts_and_says_what_happened(make_run):
     assert "rollout: share of time waiting" in page and "memory by role, MB" in page and 'class="missing"' not in page
 
 
+def test_restarts_after_the_last_checkpoint_before_a_kill_are_counted(make_run):
+    """And those of two processes add up also where the second one has more of them at its first row."""
+    folder = make_run(finished=False)
+    with MetricsLog(folder, tensorboard=False) as log:
+        log.write({"kind": "system", "phase": "online", "env_steps": 10**6, "updates": 10**6, "planner/restarts": 3, "rollout/lost": 5})
+    with MetricsLog(folder, tensorboard=False, resumed_at={"phase": "online", "env_steps": 10, "updates": 10}) as log:
+        log.write({"kind": "system", "phase": "online", "env_steps": 20, "updates": 12, "planner/restarts": 4, "rollout/lost": 0})
+    page = system(load_run(folder))
+    assert "<code>planner/restarts</code></td><td>7</td>" in page and "<code>rollout/lost</code></td><td>5</td>" in page and "resumed 1 time," in page
+
+
+def test_a_prediction_that_is_no_number_is_left_out_with_what_was_done():
+    row = {"plan_pred": [1.0, None, 3.0], "plan_return": [1.0, 2.0, 4.0], "plan_acted": [1, 0, 0], "plan_gain_mean": 0.1, "env_steps": 0}
+    assert decisions_of(row) == [(1.0, 1.0, True), (3.0, 4.0, False)]
+    assert "2 decisions, 1 acted on a plan" in returns_of_plans([row])
+
+
 def test_counts_that_begin_anew_with_a_process_add_up():
     assert over_processes([0, 1, 2, 0, 1, 1]) == 3.0 and over_processes([]) == 0.0 and over_processes([2, 2]) == 2.0
 
 
 def test_speeds_leave_out_resumes():
-    rows = [{"wall_s": 0.0, "env_steps": 0}, {"wall_s": 10.0, "env_steps": 50}, {"wall_s": 20.0, "env_steps": 40}, {"wall_s": 30.0, "env_steps": 240}]
+    """After 20 s the process is killed at a step that no checkpoint has; what goes on does 20 a second, from its own first row on."""
+    rows = [{"kind": "system", "wall_s": s, "env_steps": n} for s, n in ((0.0, 0), (10.0, 50), (30.0, 60), (40.0, 260))]
+    rows.insert(2, {"kind": "resume", "wall_s": 20.0, "env_steps": 50})
     (line,) = speed(rows, "env_steps", "steps")
-    assert list(line.y) == [5.0, 20.0] and list(line.x) == [5 / 60, 25 / 60]
+    assert list(line.y) == [5.0, 20.0] and list(line.x) == [5 / 60, 35 / 60]
     assert speed(rows[:2], "env_steps", "steps") == [] and gauges(rows, [("absent", "x")]) == []
 
 

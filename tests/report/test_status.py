@@ -162,6 +162,21 @@ def test_the_lock_says_whether_a_process_works_on_it(folder):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)                          # asking has left it free
 
 
+def test_of_a_resumed_run_only_the_newest_process_is_shown(folder):
+    """Its learner worked 380 s of 420; the one before, half of its time, with a queue."""
+    write(folder, row("phase", "online", 0.0, 0), row("system", "online", 200.0, 500) | {"planner/queued": 77.0},
+          timing("learner", 200.0, {"update/model": (100.0, 50)}))
+    write(folder, row("system", "online", 220.0, 500), timing("learner", 620.0, {"update/model": (380.0, 400)}),
+          resumed_at={"phase": "online", "env_steps": 500, "updates": 500, "wall_s": 200.0})
+    facts = gather(folder)
+    assert facts["roles"][0].busy == pytest.approx(380 / 420) and facts["resumes"] == 1 and "queued" not in facts["gauges"].get("planner", {})
+
+
+def test_a_folder_without_rows_yet_has_a_status(folder):
+    facts = gather(folder)
+    assert (facts["state"], facts["phase"], facts["row_age_s"]) == ("stopped", "data", None)
+
+
 def test_what_is_no_run_folder_or_broken_is_said_in_one_line(tmp_path, folder):
     for run, word in ((tmp_path / "nowhere", "expected a run folder"), (folder, "line 1")):
         (folder / "metrics.jsonl").write_text("{broken\n{}\n")
