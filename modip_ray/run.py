@@ -121,7 +121,9 @@ def pretrain(session: Session, system: System) -> None:
             session.tick(status, status.updates + status.policy_updates, **losses(status.metrics))
         session.progress.finish()
         system.freeze_bc()
+        session.next_eval = 1                                                       # a checkpoint before its report says that it is overdue
         session.request_evaluation(periodic_jobs(cfg) if cfg.eval.every_steps else [])
+        session.next_eval = 0
         session.record(system.reports())
         session.enter("online")
 

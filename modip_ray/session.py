@@ -205,7 +205,7 @@ class Session:
         with self.stop.at_once(), self.timed(PERIODIC) if self.cfg.one_process else nullcontext():
             begun = self.system.request_evaluation(jobs)
         if jobs and begun:                                                          # of no jobs there will be no score
-            self.unreported.append(self.next_eval)
+            self.unreported = [self.next_eval]                                      # one at a time; that before, if any, was given up
             if self.cfg.log.keep_best:
                 self.candidate = stage_best(self.save())
         return begun
@@ -227,7 +227,7 @@ class Session:
         """Rows of finished evaluations: scores, diagnostics, timings."""
         for report in reports:
             if report.outcomes:
-                del self.unreported[:1]
+                self.unreported = []
             at = {"env_steps": report.env_steps, "updates": report.updates}
             for mode, found in scores_of(self.cfg, report.outcomes).items():
                 self.log.write({"kind": "eval", "mode": mode, **at, **found})

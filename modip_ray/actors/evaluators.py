@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class Evaluators:
         self.actors: list[Any] = []
         self.more(options(cfg, "evaluator"))
         self.asked: ray.ObjectRef | None = None
+        self.asked_at = 0.0
         self.finished: list[Report] = []
         self.last_timings: dict[int, Snapshot] = {}
 
@@ -38,10 +40,15 @@ class Evaluators:
 
     def request(self, jobs: Sequence[Job]) -> bool:
         """Evaluate the weights of now beside the training; False while the last request is not finished and reported."""
-        if self.asked is not None or self.finished:                                 # who asks keeps one candidate: that of the report to come
+        if self.busy():
             return False
-        self.asked = self.actors[0].measure.remote(list(jobs))
+        self.asked, self.asked_at = self.actors[0].measure.remote(list(jobs)), time.monotonic()
         return True
+
+    def busy(self) -> bool:
+        """The last request is not finished, or not reported: who asks keeps one candidate, that of the report to come."""
+        self.collect(0)
+        return self.asked is not None or bool(self.finished)
 
     def reports(self) -> list[Report]:
         """Those finished since the last call."""
@@ -50,12 +57,18 @@ class Evaluators:
         return finished
 
     def collect(self, wait_s: float) -> None:
+        """One that takes too long, as an environment hangs, is given up: its process is killed, and the next evaluation finds another."""
         if self.asked is None:
             return
-        ready = self.supervisor.wait([self.asked], wait_s)
+        ready, limit = self.supervisor.wait([self.asked], wait_s), PATIENCE * self.cfg.resources.call_timeout_s
         if ready:
             self.finished += self.call(ready, "the evaluator")
             self.asked = None
+        elif time.monotonic() - self.asked_at > limit:
+            ray.kill(self.actors[0], no_restart=False)
+            self.asked = None
+            self.supervisor.incidents.append(f"an evaluation on the way was given up after {limit:g} s ({PATIENCE} x resources.call_timeout_s): does an "
+                                             "environment hang?")
 
     def run_all(self, jobs: Sequence[Job], cpus: int, progress: Callable[[Outcome], None]) -> tuple[list[Outcome], dict[str, Any]]:
         """Every job by whichever evaluator is free, and the diagnostics. More evaluators start where there is room; those that find none do no harm."""
@@ -77,8 +90,8 @@ class Evaluators:
             while waiting and free:
                 actor = free.pop(0)
                 running[actor.run.remote(waiting.pop(0))] = actor
-        self.collect(PATIENCE * self.cfg.resources.call_timeout_s)
-        (diagnosed,) = self.call([self.actors[0].measure.remote([])], "an evaluator")
+        self.collect(max(0.0, self.asked_at + PATIENCE * self.cfg.resources.call_timeout_s - time.monotonic()))
+        (diagnosed,) = self.call([free[0].measure.remote([])], "an evaluator")
         return outcomes, diagnosed.diagnostics
 
     def timings(self) -> dict[int, Snapshot]:

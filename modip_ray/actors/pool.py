@@ -28,6 +28,7 @@ IN_FLIGHT = 2                       # calls to a worker: the next slice begins w
 HOPELESS = 8                        # deaths of one slot's workers in a row, each without any report, that end the run where no other worker is there
 QUIET_DEATHS = 2                    # of workers before they are ready: Ray first puts a new one on the node that it does not know to be dead yet
 BACK_OFF_S = 30.0                   # longest pause before a slot whose workers die at once is filled again
+LOOK_S = 5.0                        # between looks at a worker that has not said hello
 GONE = "gone"                       # times of all workers that were lost
 ALONE_S = 60.0                      # without any worker for so long: say so
 
@@ -44,6 +45,7 @@ class Slot:
         self.pulse: Pulse | None = None
         self.calls: dict[ray.ObjectRef, int] = {}
         self.heard_at, self.deaths, self.fill_at = 0.0, 0, 0.0                      # deaths: since its last report
+        self.look_at = 0.0                                                          # when it is asked next whether one that says nothing yet has a process
 
     @property
     def name(self) -> str:
@@ -83,9 +85,8 @@ class RolloutPool:
     def fill(self, slot: Slot) -> None:
         setup, i = self.setup, slot.number
         slot.actor = RolloutWorker.options(**options(self.cfg, "rollout")).remote(
-            self.cfg, setup.env_factory, setup.hook, i, self.planners[i % len(self.planners)], self.replays[i % len(self.replays)],
-            self.key, self.audit)
-        slot.hello = slot.actor.hello.remote()
+            self.cfg, setup.env_factory, setup.hook, i, self.planners[i % len(self.planners)], self.replays, self.key, self.audit)
+        slot.hello, slot.heard_at = slot.actor.hello.remote(), time.monotonic()
 
     def collect(self, budget: int, seconds: float) -> None:
         """Keep every worker busy while `budget` steps, less what is asked for already, are left."""
@@ -111,7 +112,7 @@ class RolloutPool:
         for slot in self.slots:
             if self.supervisor.away:                                                # it may be waiting for a role that is away
                 slot.heard_at = now
-            if slot.calls and now - slot.heard_at > limit:
+            if (slot.calls or self.began(slot, now)) and now - slot.heard_at > limit:
                 self.drop(slot, f"did not answer for {limit:g} s (resources.call_timeout_s)")
             if slot.actor is None and now >= slot.fill_at:
                 self.fill(slot)
@@ -122,6 +123,16 @@ class RolloutPool:
         elif now - self.alone_since > ALONE_S:
             self.alone_since = now
             self.incidents.append(f"no rollout worker for {ALONE_S:g} s: {len(self.slots)} wait for a node that has {options(self.cfg, 'rollout')}")
+
+    def began(self, slot: Slot, now: float) -> bool:
+        """Whether its worker has a process that makes its environments, as far as was looked lately; one that waits for room is heard of all the time."""
+        if slot.hello is None or now < slot.look_at:
+            return False
+        slot.look_at = now + LOOK_S
+        if Heart(slot.actor, 0.0).alive():
+            return True
+        slot.heard_at = now
+        return False
 
     def take(self, slot: Slot, ref: ray.ObjectRef) -> None:
         try:
@@ -182,7 +193,7 @@ class RolloutPool:
             self.snapshots[GONE] = merge_snapshots([self.snapshots.get(GONE, Timer().snapshot()), self.snapshots.pop(slot.member.incarnation)])
         slot.actor = slot.hello = slot.member = slot.heart = slot.pulse = None
         slot.calls, slot.deaths, self.lost = {}, slot.deaths + 1, self.lost + ready
-        slot.fill_at = time.monotonic() + (min(BACK_OFF_S, 2.0 ** (slot.deaths - 2)) if slot.deaths > 1 else 0.0)
+        slot.fill_at = time.monotonic() + (min(BACK_OFF_S, 2.0 ** min(slot.deaths - 2, 9)) if slot.deaths > 1 else 0.0)
         if ready or slot.deaths > QUIET_DEATHS:
             self.incidents.append(f"{slot.name} {why}{'' if ready else ' before it was ready'}; a new one is asked for, {len(self.members)} there")
         if slot.deaths >= HOPELESS and not self.members:

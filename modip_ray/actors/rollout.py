@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,16 +57,16 @@ class RolloutWorker:
     While the planner plans for one group of environments, another is stepped (rollout.groups).
     """
 
-    def __init__(self, cfg: Config, env_factory: EnvFactory, hook: SegmentHook | None, slot: int, planner: str, replay: str, key: bytes,
+    def __init__(self, cfg: Config, env_factory: EnvFactory, hook: SegmentHook | None, slot: int, planner: str, replays: Sequence[str], key: bytes,
                  audit: Path | None = None):
-        """audit: folder where it keeps a record of what the replay has answered for; see `log.audit`."""
-        self.cfg, self.env_factory, self.hook, self.slot, self.names, self.timer = cfg, env_factory, hook, slot, (planner, replay), Timer()
+        """replays: its shards, which take an equal share each. audit: folder where it keeps a record of what they have answered for; see `log.audit`."""
+        self.cfg, self.env_factory, self.hook, self.slot, self.names, self.timer = cfg, env_factory, hook, slot, (planner, replays), Timer()
         self.key = key
         self.life = Life(self.timer)
         self.incarnation = self.life.incarnation
-        self.acks: deque[tuple[ray.ObjectRef, list[Segment]]] = deque()
+        self.acks: deque[tuple[ray.ObjectRef, Any, list[Segment]]] = deque()         # answers to come, from which shard, to what
         self.record = open(audit / self.incarnation, "ab", buffering=0) if audit is not None else None
-        self.total, self.stored, self.turn = 0, 0, 0
+        self.total, self.stored, self.turn, self.sent = 0, 0, 0, slot
         self.returns: list[float] = []
 
     @ray.method(**PULSE)
@@ -77,7 +78,7 @@ class RolloutWorker:
     def hello(self) -> Hello:
         """Build the environments; what they raise reaches the driver as it is."""
         cfg, n = self.cfg, self.cfg.rollout.groups
-        self.planner, self.replay = (ray.get_actor(name) for name in self.names)
+        self.planner, self.replays = ray.get_actor(self.names[0]), [ray.get_actor(name) for name in self.names[1]]
         self.groups = []
         for g in range(n):
             name, seed = f"{self.incarnation}.{g}" if g else self.incarnation, (cfg.seed, self.slot + 1, int(self.incarnation, 16), *([g] if g else []))
@@ -119,23 +120,24 @@ class RolloutWorker:
     def send(self, group: Group, segments: list[Segment]) -> None:
         self.returns += [episode.ret for episode in group.collector.take_episodes()]
         if segments:
-            self.acks.append((self.replay.add.remote(segments), segments))
+            shard, self.sent = self.replays[self.sent % len(self.replays)], self.sent + 1
+            self.acks.append((shard.add.remote(segments), shard, segments))
 
-    def take_ack(self) -> bool:
-        """The oldest sending is stored; whether collection may go on."""
-        ref, segments = self.acks.popleft()
+    def take_ack(self) -> Any:
+        """The oldest sending is stored; the shard that collection is to wait for, if it is to."""
+        ref, shard, segments = self.acks.popleft()
         ack = self.get(ref)
         self.stored += sum(map(len, segments))
         if self.record is not None and segments:
             self.record.write(b"".join(f"{segment.id}\n".encode() for segment in segments))
-        return ack.may_collect
+        return None if ack.may_collect else shard
 
     def acknowledged(self, unanswered: int, deadline: float) -> bool:
         """Wait until at most `unanswered` sendings are; and, where the replay says so, for collection's turn. False when time is over."""
         with self.timer("wait/learning"):
             while len(self.acks) > unanswered:
-                if not self.take_ack():
-                    self.acks.append((self.replay.turn.remote(), []))
+                if (shard := self.take_ack()) is not None:
+                    self.acks.append((shard.turn.remote(), shard, []))
                     if time.monotonic() >= deadline:
                         break
         return len(self.acks) <= unanswered

@@ -124,7 +124,9 @@ class RaySystem:
             if phase == "online":
                 self.collect()
             done = self.is_done(phase)
-            if not done:
+            if done:
+                self.settle()                                                       # a learner that died since its last report catches up before it is saved
+            else:
                 self.keep_learners_busy()
                 metrics += [r.metrics for r in self.learner_reports(max(0.0, min(SLICE_S / 2, deadline - time.monotonic())))]
         self.supervisor.look()
@@ -221,6 +223,10 @@ class RaySystem:
     # ---- evaluation --------------------------------------------------------------------------------------------------------------------------
 
     def request_evaluation(self, jobs: Sequence[Job]) -> bool:
+        """Of the weights that a checkpoint right after it holds: the learners' calls end first, and none begins before the next `advance`."""
+        if self.evaluators.busy():
+            return False
+        self.settle()
         return self.evaluators.request(jobs)
 
     def reports(self) -> list[Report]:

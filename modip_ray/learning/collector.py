@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,9 @@ class Collector:
         if not self.open[i].length:
             return
         segment = self.open[i].close(f"{self.name}/{self.number}")
-        self.ready.append(self.hook(segment) if self.hook is not None else segment)
+        if self.hook is not None:
+            segment = replace(self.hook(segment), id=segment.id)                    # one that is made anew goes by the same name: it is stored once
+        self.ready.append(segment)
         self.number += 1
         self.open[i], self.cut_at[i] = OpenSegment(), self.segment_length
 

@@ -1,13 +1,18 @@
 """What roles do between two calls, as plain objects: no Ray is started."""
 
 import asyncio
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from modip_ray.actors import evaluators as evaluators_module
+from modip_ray.actors import pool as pool_module
 from modip_ray.actors.evaluators import Evaluators
 from modip_ray.actors.planner import PlannerActor, plan_server
+from modip_ray.actors.pool import RolloutPool, Slot
+from modip_ray.actors.rollout import RolloutWorker
 from modip_ray.timing import Timer
 from tests.fakes import small
 
@@ -15,7 +20,7 @@ from tests.fakes import small
 def test_no_evaluation_is_asked_for_before_the_last_one_is_reported():
     """Whoever asks puts the weights of that moment by as the best to be (log.keep_best), and takes the next score for theirs."""
     evaluators, answers = object.__new__(Evaluators), []
-    evaluators.asked, evaluators.finished = None, []
+    evaluators.cfg, evaluators.asked, evaluators.finished = small(), None, []
     evaluators.actors = [SimpleNamespace(measure=SimpleNamespace(remote=lambda jobs: "asked"))]
     evaluators.supervisor = SimpleNamespace(wait=lambda refs, wait_s: answers)
     evaluators.call = lambda refs, who: list(refs)
@@ -66,3 +71,67 @@ def test_first_weights_that_do_not_come_are_an_error_of_every_query():
 def test_a_planner_that_begins_anew_draws_other_noise():
     seeds = {plan_server(small(), 4, 2, 0.0, 0, Timer()).planner.rng.initial_seed() for _ in range(3)}
     assert len(seeds) == 3
+
+
+def test_shards_take_turns_however_few_the_workers():
+    """One worker, two shards: each gets every second sending, and the one that asks for it is waited for."""
+    worker, sent = object.__new__(RolloutWorker.__ray_metadata__.modified_class), []
+
+    def shard(name):
+        return SimpleNamespace(name=name, add=SimpleNamespace(remote=lambda segments: sent.append(name) or SimpleNamespace(may_collect=name != "b")))
+    worker.replays, worker.sent, worker.acks, worker.returns, worker.stored, worker.record = [shard("a"), shard("b")], 1, deque(), [], 0, None
+    worker.get = lambda ack: ack
+    group = SimpleNamespace(collector=SimpleNamespace(take_episodes=list))
+    for _ in range(4):
+        worker.send(group, [[0, 0, 0]])
+    assert sent == ["b", "a", "b", "a"]
+    assert [shard and shard.name for shard in (worker.take_ack() for _ in range(4))] == ["b", None, "b", None] and worker.stored == 12
+
+
+def test_an_evaluation_that_hangs_is_given_up(monkeypatch):
+    """It is killed, said once, and the next one is asked for; the diagnostics of the end come from an evaluator that is free."""
+    killed, now = [], [0.0]
+    monkeypatch.setattr(evaluators_module.ray, "kill", lambda actor, no_restart: killed.append(actor))
+    monkeypatch.setattr(evaluators_module.time, "monotonic", lambda: now[0])
+    evaluators, hung = object.__new__(Evaluators), SimpleNamespace(measure=SimpleNamespace(remote=lambda jobs: "hung"))
+    evaluators.cfg, evaluators.asked, evaluators.finished, evaluators.actors = small(resources__call_timeout_s=5.0), None, [], [hung]
+    evaluators.supervisor = SimpleNamespace(wait=lambda refs, wait_s: [], incidents=[])
+    assert evaluators.request([]) and evaluators.busy()
+    now[0] = 49.0
+    assert not evaluators.request([]) and not killed
+    now[0] = 51.0
+    assert not evaluators.busy() and killed == [hung] and "given up after 50 s" in evaluators.supervisor.incidents[0]
+    assert evaluators.request([])
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """Of one slot, whose worker has not said hello; `pool.alive`: whether it has a process, `pool.now`: the clock."""
+    pool = object.__new__(RolloutPool)
+    pool.cfg, pool.slots, pool.retiring, pool.alone_since, pool.incidents, pool.lost = small(resources__call_timeout_s=5.0), [Slot(0)], [], 0.0, [], 0
+    pool.supervisor, pool.alive, pool.now = SimpleNamespace(away=False, call=lambda refs, who: None), False, 100.0
+    pool.slots[0].actor, pool.slots[0].hello, pool.slots[0].heard_at = "actor", "hello", 100.0
+    monkeypatch.setattr(pool_module.ray, "wait", lambda refs, num_returns, timeout: ([], refs))
+    monkeypatch.setattr(pool_module.ray, "kill", lambda actor: None)
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: pool.now)
+    monkeypatch.setattr(pool_module, "Heart", lambda actor, every_s: SimpleNamespace(alive=lambda: pool.alive))
+    monkeypatch.setattr(pool, "fill", lambda slot: setattr(slot, "actor", "another"), raising=False)
+    return pool
+
+
+def test_a_worker_whose_environments_do_not_come_to_be_is_replaced_and_one_that_waits_for_room_is_not(pool):
+    for pool.now in (106.0, 130.0, 1000.0):
+        pool.gather()
+    assert pool.slots[0].actor == "actor" and pool.slots[0].deaths == 0, "no node has room for it"
+    pool.alive = True
+    for pool.now in (1006.0, 1012.0):
+        pool.gather()
+    assert pool.slots[0].deaths == 1 and pool.slots[0].actor == "another"
+
+
+def test_a_slot_may_fail_as_often_as_it_likes_while_others_work(pool, monkeypatch):
+    pool.slots[0].deaths = 2000
+    pool.slots.append(Slot(1))
+    pool.slots[1].member = "there"
+    pool.drop(pool.slots[0], "died")
+    assert pool.slots[0].fill_at == pool.now + pool_module.BACK_OFF_S

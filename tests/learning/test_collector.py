@@ -66,14 +66,16 @@ def test_environments_do_not_all_send_at_once():
     assert max(sent) == 1 and sum(sent) == 4
 
 
-def test_hook_changes_what_is_stored():
+def test_hook_changes_what_is_stored_and_not_its_name():
+    """A hook that makes a segment anew and forgets its id: without one it could be stored twice."""
     def double(segment):
-        return type(segment)(segment.observations, segment.actions, 2 * segment.rewards, segment.terminated, segment.plans, segment.gains, segment.id)
+        return type(segment)(segment.observations, segment.actions, 2 * segment.rewards, segment.terminated, segment.plans, segment.gains)
     plain, hooked = (Collector(PointEnv, 1, STEPS, 5, 1, "w", hook) for hook in (None, double))
     actions = planned(np.zeros((1, 4)))
     for c in (plain, hooked):
         c.step(lambda obs, reset: actions)
-    assert np.allclose(2 * plain.take_segments(flush=True)[0].rewards, hooked.take_segments(flush=True)[0].rewards)
+    (before,), (after,) = (c.take_segments(flush=True) for c in (plain, hooked))
+    assert np.allclose(2 * before.rewards, after.rewards) and before.id == after.id
 
 
 def test_collecting_needs_no_torch_and_no_ray():
