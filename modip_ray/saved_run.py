@@ -26,17 +26,23 @@ from modip_ray.tasks.scores import paired_difference
 
 def evaluate_run(run: Path, mode: EvalMode, episodes: int | None = None, seed: int | None = None, overrides: Mapping[str, Any] = MappingProxyType({}),
                  checkpoint: Which = "newest") -> dict:
-    """S of a mode, measured again: the same seeds in the same groups give the returns of the run's own summary."""
-    return measured(agent_of_run(run, overrides, checkpoint), mode, episodes, seed, overrides)
+    """S of a mode, measured again: the same seeds in the same groups give the returns of the run's own summary. seed: the first; by default the run's, but
+    for the best checkpoint those behind the episodes that it was chosen by, on which it is better than it is."""
+    saved = agent_of_run(run, overrides, checkpoint)
+    return measured(saved, mode, episodes, first_seed(saved.cfg, seed, checkpoint), overrides)
 
 
-def measured(saved: SavedAgent, mode: EvalMode, episodes: int | None, seed: int | None, overrides: Mapping[str, Any]) -> dict:
+def first_seed(cfg: Config, seed: int | None, checkpoint: Which) -> int:
+    return seed if seed is not None else cfg.eval.seed + (cfg.eval.every_episodes if checkpoint == "best" else 0)
+
+
+def measured(saved: SavedAgent, mode: EvalMode, episodes: int | None, seed: int, overrides: Mapping[str, Any]) -> dict:
     """As `evaluate_run`, of an opened checkpoint."""
     cfg = saved.cfg
     check_mode(cfg, mode)
     if mode == "bc":
         saved.need_bc()
-    jobs = jobs_for(mode, episodes or cfg.eval.episodes, cfg.eval.seed if seed is None else seed)
+    jobs = jobs_for(mode, episodes or cfg.eval.episodes, seed)
     measures, seeds = joined([run_job(cfg, saved.agent, env_factory(cfg.task), job, saved.env_steps, saved.bc) for job in jobs], mode)
     return {"mode": mode, "run": str(saved.run), "checkpoint": saved.version, "env_steps": saved.env_steps, "settings": dict(overrides),
             "command": command_line(), **score(cfg, measures, seeds)}
@@ -46,6 +52,7 @@ def compare_run(run: Path, episodes: int | None = None, seed: int | None = None,
                 checkpoint: Which = "newest") -> dict:
     """BC, the policy alone and the planner, where there is one, on the same seeds; against_bc holds the paired differences and the ratio of means."""
     saved = agent_of_run(run, overrides, checkpoint)                                # one for all of them: a run that is at work writes others
+    seed = first_seed(saved.cfg, seed, checkpoint)
     scores = {mode: measured(saved, mode, episodes, seed, overrides) for mode in modes_of(saved.cfg)}
     bc = scores["bc"]
     against = {mode: paired_difference(s["values"], bc["values"]) | {"ratio": ratio(scores, mode)}

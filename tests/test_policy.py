@@ -90,7 +90,8 @@ def test_the_best_checkpoint_acts_where_one_is_kept(finished_run, tmp_path):
     commit_best(folder, 5.0)
     best, last = (modip_ray.load(run, checkpoint=which) for which in ("best", "newest"))
     assert best.version == f"best_{last.version}" and not np.array_equal(best.planner.agent.flat("policy"), last.planner.agent.flat("policy"))
-    assert evaluate_run(run, "policy", 1, checkpoint="best")["checkpoint"] == best.version
+    score, ev = evaluate_run(run, "policy", 1, checkpoint="best"), best.cfg.eval
+    assert score["checkpoint"] == best.version and score["seeds"] == [ev.seed + ev.every_episodes], "none of those that it was chosen by"
     with pytest.raises(ConfigError, match="checkpoint: got 'last', expected newest or best"):
         modip_ray.load(run, checkpoint="last")
 

@@ -23,7 +23,7 @@ def add_parsers(commands) -> None:
     p.add_argument("--mode", choices=("bc", "policy", "mpc", "all"), default="mpc",
                    help="before fine-tuning, the diffusion policy alone, the planner; all: the three on the same seeds, with paired differences")
     p.add_argument("--episodes", type=positive, help="default: as in the run (eval.episodes)")
-    p.add_argument("--seed", type=natural, help="first seed; default: as in the run (eval.seed)")
+    p.add_argument("--seed", type=natural, help="first seed; default: the run's (eval.seed), with --checkpoint best the first that it was not chosen by")
     p.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help="best: by its periodic evaluations (log.keep_best)")
     p.add_argument("--json", type=Path, dest="json_file", help="also write the score there")
     p.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",

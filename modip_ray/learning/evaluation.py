@@ -14,7 +14,7 @@ from modip_ray.learning.plan_probe import PlanProbe, Probed
 from modip_ray.learning.replay import Batch
 from modip_ray.model.agent import Agent
 from modip_ray.planning.planner import Planner
-from modip_ray.tasks.envs import EnvFactory, env_seed
+from modip_ray.tasks.envs import EnvError, EnvFactory, env_seed
 from modip_ray.tasks.rollout import rollout_episodes
 from modip_ray.tasks.scores import measure
 from modip_ray.timing import Timer
@@ -22,6 +22,7 @@ from modip_ray.timing import Timer
 EvalMode = Literal["bc", "policy", "mpc"]
 MODES: tuple[EvalMode, ...] = ("bc", "policy", "mpc")
 GROUP = 10                          # episodes run side by side; part of the result, as they share one planner's noise
+ATTEMPTS = 3                        # at an episode whose environment fails
 DIAGNOSTIC_ROWS = 512
 
 
@@ -46,6 +47,7 @@ class Outcome:
     measures: dict[str, list[float]]
     lengths: list[int]
     plans: Probed = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)                                 # of environments, whose episodes were begun anew
 
     @property
     def returns(self) -> list[float]:
@@ -76,10 +78,12 @@ def run_job(cfg: Config, agent: Agent, env_factory: EnvFactory, job: Job, env_st
     def act(obs: np.ndarray, slots: np.ndarray, reset: np.ndarray) -> np.ndarray:
         plan = planner.plan(obs, slots.tolist(), reset, mode)
         if probe is not None:
-            probe.add(slots, plan)
+            probe.add(slots, plan, reset)
         return plan.actions
-    episodes = rollout_episodes(act, env_factory, job.seeds, cfg.task.max_episode_steps)
-    return Outcome(job, measure(cfg.task.metric, episodes), [e.length for e in episodes], probe.measure(episodes) if probe is not None else {})
+    faults: list[EnvError] = []
+    episodes = rollout_episodes(act, env_factory, job.seeds, cfg.task.max_episode_steps, attempts=ATTEMPTS, faults=faults)
+    return Outcome(job, measure(cfg.task.metric, episodes), [e.length for e in episodes], probe.measure(episodes) if probe is not None else {},
+                   [str(fault) for fault in faults])
 
 
 def run_jobs(cfg: Config, agent: Agent, env_factory: EnvFactory, jobs: Sequence[Job], env_steps: int, bc: np.ndarray | None, timers: Mapping[str, Timer],

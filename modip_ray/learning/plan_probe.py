@@ -47,10 +47,13 @@ class PlanProbe:
         self.plans: dict[int, list[np.ndarray]] = {}            # by slot, (H, Da) each, raw units: what is executed, be it a plan or the policy's proposal
         self.acted: dict[int, list[bool]] = {}                  # by slot: the guard let the plan through
 
-    def add(self, slots: np.ndarray, plan: Plan) -> None:
-        for slot, sequence, gain in zip(slots.tolist(), plan.plans, plan.gains.tolist(), strict=True):
-            self.plans.setdefault(slot, []).append(sequence)
-            self.acted.setdefault(slot, []).append(gain > self.cfg.guard.min_gain)
+    def add(self, slots: np.ndarray, plan: Plan, reset: np.ndarray) -> None:
+        """reset (B,) bool: the episode begins, for the second time where its environment failed."""
+        for slot, sequence, gain, begins in zip(slots.tolist(), plan.plans, plan.gains.tolist(), reset.tolist(), strict=True):
+            if begins:
+                self.plans[slot], self.acted[slot] = [], []
+            self.plans[slot].append(sequence)
+            self.acted[slot].append(gain > self.cfg.guard.min_gain)
 
     @torch.inference_mode()
     def measure(self, episodes: Sequence[Episode]) -> Probed:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -13,12 +14,17 @@ Act = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class EpisodeRunner:
-    """Runs one episode at a time in each of `num_envs` slots; each episode has a number and a seed given by the caller."""
+    """Runs one episode at a time in each of `num_envs` slots; each episode has a number and a seed given by the caller.
 
-    def __init__(self, env_factory: EnvFactory, num_envs: int, max_episode_steps: int):
+    attempts: at an episode. One whose env raises or returns what is of no use is begun anew in a new env, from the same seed, and `faults` says what was
+    wrong; the last attempt's failure is raised.
+    """
+
+    def __init__(self, env_factory: EnvFactory, num_envs: int, max_episode_steps: int, attempts: int = 1):
         if max_episode_steps < 1:
             raise ValueError(f"max_episode_steps is {max_episode_steps}; at least 1 is needed")
-        self._envs = make_envs(env_factory, num_envs)
+        self._envs, self._factory, self._attempts = make_envs(env_factory, num_envs), env_factory, attempts
+        self.faults: list[EnvError] = []
         self._check = ActionCheck(self._envs[0].action_space)
         self._limit = max_episode_steps
         obs_dim = self._envs[0].observation_space.shape[0]
@@ -27,6 +33,7 @@ class EpisodeRunner:
         self._rewards = np.empty((num_envs, max_episode_steps), np.float32)
         self._length = np.zeros(num_envs, np.int64)
         self._number = np.full(num_envs, -1, np.int64)                  # the episode a slot runs, -1: idle
+        self._seed, self._failed = [0] * num_envs, [0] * num_envs       # of that episode, and how often it failed
         self.env_steps = 0
 
     @property
@@ -42,13 +49,28 @@ class EpisodeRunner:
         """Begin episode `number` in an idle slot, with the env reset to `seed`."""
         self._obs[slot, 0] = reset_env(self._envs[slot], seed, f"env {slot}, episode {number}")
         self._number[slot], self._length[slot] = number, 0
+        self._seed[slot], self._failed[slot] = seed, 0
 
     def step(self, act: Act) -> list[tuple[int, Episode]]:
         """Ask `act` once for all live slots and execute the chunks; returns the (number, episode) that ended."""
         slots = np.flatnonzero(self._number >= 0)
         lengths = self._length[slots]
         actions = self._check(act(self._obs[slots, lengths], slots, lengths == 0), slots)
-        return [ended for row, slot in enumerate(slots.tolist()) if (ended := self._execute(slot, actions[row])) is not None]
+        return [ended for row, slot in enumerate(slots.tolist()) if (ended := self._attempt(slot, actions[row])) is not None]
+
+    def _attempt(self, slot: int, chunk: np.ndarray) -> tuple[int, Episode] | None:
+        try:
+            return self._execute(slot, chunk)
+        except EnvError as error:
+            if (failed := self._failed[slot] + 1) >= self._attempts:
+                raise
+            self.faults.append(error)
+        with suppress(Exception):                                       # it is broken, and so may its end be
+            self._envs[slot].close()
+        self._envs[slot] = self._factory()
+        self.start(slot, int(self._number[slot]), self._seed[slot])
+        self._failed[slot] = failed
+        return None
 
     def _execute(self, slot: int, chunk: np.ndarray) -> tuple[int, Episode] | None:
         start, number = int(self._length[slot]), int(self._number[slot])
@@ -72,15 +94,17 @@ class EpisodeRunner:
             env.close()
 
 
-def rollout_episodes(act: Act, env_factory: EnvFactory, seeds: Sequence[int], max_episode_steps: int, num_envs: int | None = None) -> list[Episode]:
+def rollout_episodes(act: Act, env_factory: EnvFactory, seeds: Sequence[int], max_episode_steps: int, num_envs: int | None = None, attempts: int = 1,
+                     faults: list[EnvError] | None = None) -> list[Episode]:
     """One episode for each seed, in the order of `seeds`, run side by side; `act` sees live envs only.
 
     num_envs: environments at a time, by default one a seed (then slot j runs seeds[j] and nothing else). With fewer, a slot takes the next
-    seed when its episode ends. EnvError names the env that crashed or returned a non-finite number.
+    seed when its episode ends. EnvError names the env that crashed or returned a non-finite number, at the last of so many attempts at an episode; those
+    before it are appended to `faults`.
     """
     if len(seeds) == 0:
         return []
-    runner = EpisodeRunner(env_factory, min(num_envs or len(seeds), len(seeds)), max_episode_steps)
+    runner = EpisodeRunner(env_factory, min(num_envs or len(seeds), len(seeds)), max_episode_steps, attempts)
     episodes: list[Episode | None] = [None] * len(seeds)
     started = done = 0
     try:
@@ -93,4 +117,6 @@ def rollout_episodes(act: Act, env_factory: EnvFactory, seeds: Sequence[int], ma
                 done += 1
     finally:
         runner.close()
+    if faults is not None:
+        faults += runner.faults
     return episodes

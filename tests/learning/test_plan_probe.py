@@ -27,7 +27,8 @@ def probe_of(agent, episodes, cfg=CFG):
     probe = PlanProbe(planner, seed=3)
     for t in range(max(e.length for e in episodes)):
         slots = np.array([j for j, e in enumerate(episodes) if t < e.length])
-        probe.add(slots, planner.plan(np.stack([episodes[j].observations[t] for j in slots]), slots.tolist(), np.full(len(slots), t == 0)))
+        reset = np.full(len(slots), t == 0)
+        probe.add(slots, planner.plan(np.stack([episodes[j].observations[t] for j in slots]), slots.tolist(), reset), reset)
     return planner, probe
 
 

@@ -54,6 +54,30 @@ def test_faults_name_env_and_episode(count_env):
         rollout_episodes(lambda o, s, r: np.zeros((1, 1)), count_env, [1], 20)
 
 
+def test_an_episode_whose_environment_failed_is_begun_anew_from_its_seed_in_a_new_one(count_env):
+    """Every second environment made is broken: it fails at step 7. The other slot's episode goes on; what acts is told that one begins again."""
+    made, faults = [], []
+
+    class Second(count_env):
+        def __init__(self):
+            super().__init__(length=lambda seed: 12)
+            made.append(self)
+            self.broken = len(made) == 2
+
+        def step(self, action):
+            if self.broken and self.t == 6:
+                raise OSError("gone")
+            return super().step(action)
+    act, calls = recorder(3)
+    first, second = rollout_episodes(act, Second, [1, 2], 20, attempts=2, faults=faults)
+    assert first.length == second.length == 12 and made[2].seed == 2 and len(made) == 3
+    assert len(faults) == 1 and "env 1, episode 1" in str(faults[0]) and faults[0].crashed
+    assert [sum(c[1]) for c in calls if any(c[1])] == [2, 1]
+    made.clear()
+    with pytest.raises(EnvError, match="gone"):
+        rollout_episodes(recorder(3)[0], Second, [1, 2], 20, attempts=1)
+
+
 def test_envs_are_closed_even_after_an_error(count_env):
     closed = []
 
