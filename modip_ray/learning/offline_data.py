@@ -6,19 +6,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 
-from modip_ray.config import Config, ConfigError
+from modip_ray.config import Config, ConfigError, Task
 from modip_ray.learning.env_source import spaces
+from modip_ray.tasks.catalogue import catalogue
 from modip_ray.tasks.collect import Policy, collect
 from modip_ray.tasks.d4rl_data import DataError, Dataset, write_d4rl
 from modip_ray.tasks.demonstrator import DEMONSTRATORS, TanhGaussianPolicy, demonstrator_path
 from modip_ray.tasks.envs import EnvFactory
 from modip_ray.tasks.episode import Episode
-from modip_ray.tasks.kitchen import newly_done
-from modip_ray.tasks.readers import read_any
+from modip_ray.tasks.kitchen import Kitchen, newly_done
+from modip_ray.tasks.readers import MINARI, read_any
+from modip_ray.tasks.scores import env_family
 
 Progress = Callable[[int, int], None]
+
+ROBOSUITE, OLD_PHYSICS = "modip_ray.tasks.robosuite_env:", "modip_ray.tasks.d4rl_physics:"     # environments of ours whose env_kwargs say which task it is
+OFFICIAL = ("mujoco", "D4RL")       # Minari's own namespaces, where a family follows; elsewhere a user may call a data set anything
+GOAL_TOLERANCE = 1e-3
 
 
 def source_label(cfg: Config) -> str:
@@ -34,7 +41,12 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
     progress: called with transitions (done, asked for) while collecting; download: with bytes (there, in all) while fetching an official file.
     DataError where a file is unsound, fits another environment, or was collected with other settings.
     """
-    obs_dim, low, high = spaces(env_factory, try_step=True)
+    made: list[gym.Env] = []
+
+    def remembered() -> gym.Env:
+        made.append(env_factory())
+        return made[-1]
+    obs_dim, low, high = spaces(remembered, try_step=True)
     source = stored_source(cfg, folder)
     if rolls_out(cfg.data.source):
         path = Path(source)
@@ -44,11 +56,16 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
                        action_range=(float(low.min()), float(high.max())), filter_key=cfg.data.filter_key, progress=download)
     if rolls_out(cfg.data.source):
         check_origin(cfg, dataset, path)
+    else:
+        check_task(cfg, dataset)
     first = dataset.episodes[0]
     for key, expected in (("observations", obs_dim), ("actions", len(low))):
         got = getattr(first, key).shape[1]
         if got != expected:
             raise DataError(f"{source}: {key} have {got} columns, but {cfg.task.env} has {expected}; is data.source for another task than task.env?")
+    kitchen = made[0].unwrapped
+    if isinstance(kitchen, Kitchen):
+        check_goal(kitchen, dataset)
     as_paid = {"newly_done": with_newly_done, "until_success": until_success}.get(cfg.data.rewards)
     return as_paid(dataset) if as_paid else dataset
 
@@ -115,3 +132,59 @@ def check_origin(cfg: Config, dataset: Dataset, path: Path) -> None:
         found = dataset.metadata.get(key, value)
         if key != "seed" and found != value:
             raise DataError(f"{path}: was collected with {key}={found!r}, this run asks for {value!r}; delete the file, or set data.cache to another one")
+
+
+# ---- are the data of this task? --------------------------------------------------------------------------------------------------------------
+
+def check_task(cfg: Config, dataset: Dataset) -> None:
+    """DataError where what the data say of themselves, or an official name, tells that they are of another task than task.env. Own data may say nothing."""
+    task, name = cfg.task, dataset.metadata.get("env_name")
+    if isinstance(name, str) and task.env.startswith(ROBOSUITE) and name != task.env_kwargs.get("name"):
+        raise DataError(f"{dataset.source}: holds demonstrations of {name}, but task.env_kwargs.name is {task.env_kwargs.get('name')!r}; "
+                        "give data.source a file of that task, or task=NAME the one of these data")
+    found, told = data_family(cfg, dataset)
+    expected = task_family(task)
+    if found is not None and expected is not None and found != expected:
+        raise DataError(f"{dataset.source}: {told!r} is data of {found}, but the task is of {expected} (task.env={task.env!r}, task.family={task.family!r}); "
+                        "give data.source data of that task, or task=NAME the one of these data (task.family=null for an environment of your own)")
+
+
+def data_family(cfg: Config, dataset: Dataset) -> tuple[str | None, str]:
+    """Family (as task.family) of the environment that the data come from, None where nothing tells, and the name that does."""
+    own = dataset.metadata
+    env, made_from = own.get("env"), own.get("converted_from")
+    minari_id = f"{MINARI}{own['minari_id']}" if "minari_id" in own else None
+    told = [(env_family(env), env)] if isinstance(env, str) else []
+    told += [(family_named(name), name) for name in (minari_id, cfg.data.source, made_from) if isinstance(name, str)]
+    return next(((family, name) for family, name in told if family is not None), (None, ""))
+
+
+def family_named(source: str) -> str | None:
+    """Family of "minari:mujoco/hopper/medium-v0", of "d4rl/hopper_medium-v2", or of a file with such an official name; None for any other."""
+    if source.startswith(MINARI):
+        parts = source.removeprefix(MINARI).split("/")
+        return env_family(parts[1]) if len(parts) == 3 and parts[0] in OFFICIAL else None
+    file = Path(source).name
+    for entry in catalogue().values():
+        stem = entry.address.rsplit("/", 1)[-1].removesuffix(".hdf5")
+        if entry.name.startswith("d4rl/") and (source == entry.name or file.startswith(f"{stem}.")):
+            return env_family(entry.name.replace("_", "-"))
+    return None
+
+
+def task_family(task: Task) -> str | None:
+    """Family of the environment where its id is of one, else task.family."""
+    env_id = task.env_kwargs.get("env_id", "Hopper-v4") if task.env.startswith(OLD_PHYSICS) else task.env
+    return env_family(str(env_id)) or task.family
+
+
+def check_goal(env: Kitchen, dataset: Dataset) -> None:
+    """DataError where no episode has the goal of the kitchen's subtasks, which the last columns of an observation hold."""
+    goals = np.stack([e.observations[0, -len(env.goal):] for e in dataset.episodes])            # (episodes, 30)
+    wrong = np.abs(goals - env.goal) > GOAL_TOLERANCE
+    if wrong.any(1).all():
+        columns = np.flatnonzero(wrong[0])
+        at = dataset.episodes[0].observations.shape[1] - len(env.goal) + columns[0]
+        raise DataError(f"{dataset.source}: observations[0, {at}], a column of the goal, is {goals[0, columns[0]]:.3g}, but {env.goal[columns[0]]:.3g} for the "
+                        f"subtasks {', '.join(env.tasks)}, and {len(columns)} of {len(env.goal)} columns differ; are these data for other subtasks "
+                        "(task.env_kwargs.tasks)?")

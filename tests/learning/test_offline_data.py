@@ -1,10 +1,15 @@
 """Which data a run learns from, and what is refused."""
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from modip_ray.config import load
 from modip_ray.learning.env_source import env_factory
-from modip_ray.learning.offline_data import load_data, source_label
+from modip_ray.learning.offline_data import check_task, family_named, load_data, source_label
 from modip_ray.tasks.d4rl_data import DataError, write_d4rl
+from modip_ray.tasks.dataset import Dataset
 from modip_ray.tasks.episode import Episode
 from tests.fakes import PointEnv, small
 
@@ -51,3 +56,77 @@ def test_episodes_end_at_their_success(tmp_path):
     solved, failed = load_data(small(data=data, data__rewards="until_success"), PointEnv, tmp_path).episodes
     assert solved.rewards.tolist() == [0, 0, 1] and solved.terminated and solved.actions.shape == (3, 2)
     assert solved.observations[:, 0].tolist() == [0, 4, 8, 12] and failed.rewards.tolist() == [0, 0.5, 0] and not failed.terminated
+
+
+# ---- data of another task --------------------------------------------------------------------------------------------------------------------
+
+def zeros(path, obs_dim=17, action_dim=6, **metadata):
+    write_d4rl(path, [Episode(np.zeros((4, obs_dim), np.float32), np.zeros((3, action_dim), np.float32), np.zeros(3, np.float32), False)], metadata)
+    return path
+
+
+def read(path, task, **settings):
+    cfg = load(overrides=[f"task={task}"]).replace({"data.source": str(path)} | {k.replace("__", "."): v for k, v in settings.items()})
+    return load_data(cfg, env_factory(cfg.task), path.parent)
+
+
+@pytest.mark.parametrize(("name", "metadata"), [
+    ("my.hdf5", {"env": "HalfCheetah-v4"}), ("my.hdf5", {"minari_id": "mujoco/halfcheetah/medium-v0"}),
+    ("my.hdf5", {"converted_from": "d4rl/halfcheetah_medium-v2"}),
+    ("halfcheetah_medium-v2.hdf5", {}), ("halfcheetah_medium_replay-v2.head.hdf5", {}),
+])
+def test_another_environment_of_the_same_sizes_is_refused(tmp_path, name, metadata):
+    path = zeros(tmp_path / name, **metadata)
+    assert read(path, "halfcheetah-medium").transitions == 3
+    with pytest.raises(DataError, match=f"{name}: .* is data of halfcheetah, but the task is of walker2d .task.env='Walker2d-v4'"):
+        read(path, "walker2d-medium")
+
+
+def test_own_data_and_own_environments_go_on_working(tmp_path):
+    for path in (zeros(tmp_path / "my.hdf5"), zeros(tmp_path / "my-halfcheetah.hdf5", env="mine:Cheetah", source="my robot")):
+        assert read(path, "walker2d-medium").transitions == 3                                   # nothing tells what they are of
+    known = zeros(tmp_path / "known.hdf5", 4, 2, env="HalfCheetah-v4")
+    assert load_data(small(data=known), PointEnv, tmp_path).transitions == 3                    # nor is the environment known
+    own = Dataset([], "own", {"env_name": "PickPlaceCan"})
+    check_task(small(task__env_kwargs={"name": "point"}), own)                                  # its `name` is no task of robosuite
+    old = load(overrides=["task.env=modip_ray.tasks.d4rl_physics:d4rl_env", "task.env_kwargs={env_id: Hopper-v4}"])
+    check_task(old.replace({"data.source": "d4rl/hopper_medium-v2"}), Dataset([], "own"))
+    with pytest.raises(DataError, match="'d4rl/walker2d_medium-v2' is data of walker2d, but the task is of hopper"):
+        check_task(old.replace({"data.source": "d4rl/walker2d_medium-v2"}), Dataset([], "own"))
+
+
+def test_names_that_tell_a_family():
+    told = {"d4rl/hopper_medium-v2": "hopper", "/x/hopper_medium-v2.hdf5": "hopper", "d4rl/kitchen_mixed-v0": "kitchen",
+            "minari:mujoco/walker2d/expert-v0": "walker2d", "/x/mini_kitchen_microwave_kettle_light_slider-v0.hdf5": "kitchen",
+            "/x/hopper.hdf5": None, "robomimic/can_ph": None, "/x/low_dim.hdf5": None, "minari:mine/hopper/x-v0": None, "minari:hopper-v0": None}
+    assert {name: family_named(name) for name in told} == told
+
+
+def test_another_task_of_robomimic_is_refused():
+    square = load(overrides=["task=square-ph"])
+    check_task(square, Dataset([], "square.hdf5", {"env_name": "NutAssemblySquare"}))
+    with pytest.raises(DataError, match="low_dim.hdf5: holds demonstrations of PickPlaceCan, but task.env_kwargs.name is 'NutAssemblySquare'"):
+        check_task(square, Dataset([], "low_dim.hdf5", {"env_name": "PickPlaceCan"}))
+
+
+def test_other_subtasks_of_the_kitchen_are_refused(tmp_path):
+    pytest.importorskip("gymnasium_robotics", reason="the kitchen: pip install gymnasium-robotics")
+    cfg = load(overrides=["task=kitchen-complete"])
+    env = env_factory(cfg.task)()
+    obs = np.tile(env.reset(seed=0)[0].astype(np.float32), (4, 1))
+    env.close()
+    path = tmp_path / "k.hdf5"
+    write_d4rl(path, [Episode(obs, np.zeros((3, 9), np.float32), np.zeros(3, np.float32), False)], {})
+    assert read(path, "kitchen-complete").transitions == read(path, "kitchen-partial").transitions == 3   # one environment
+    with pytest.raises(DataError, match=r"observations\[0, 41\], a column of the goal, is 0, but -0.88 for the .*bottom burner.*, and 3 of 30 columns"):
+        read(path, "kitchen-mixed")
+
+
+def test_the_official_kitchen_file(tmp_path):
+    data = os.environ.get("MODIP_TEST_DATA", "")
+    path = Path(data) / "mini_kitchen_microwave_kettle_light_slider-v0.hdf5"
+    if not path.is_file():
+        pytest.skip("real data: set MODIP_TEST_DATA to a folder with the kitchen file")
+    assert len(read(path, "kitchen-complete").episodes) == 19
+    with pytest.raises(DataError, match=r"a column of the goal, is 0, but -0.88"):
+        read(path, "kitchen-mixed")
