@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from modip_ray.tasks.envs import EnvFactory
 from modip_ray.tasks.episode import Episode
 from modip_ray.tasks.kitchen import Kitchen, newly_done
 from modip_ray.tasks.readers import MINARI, read_any
+from modip_ray.tasks.robomimic_data import robosuite_version
 from modip_ray.tasks.scores import env_family
 
 Progress = Callable[[int, int], None]
@@ -142,11 +144,27 @@ def check_task(cfg: Config, dataset: Dataset) -> None:
     if isinstance(name, str) and task.env.startswith(ROBOSUITE) and name != task.env_kwargs.get("name"):
         raise DataError(f"{dataset.source}: holds demonstrations of {name}, but task.env_kwargs.name is {task.env_kwargs.get('name')!r}; "
                         "give data.source a file of that task, or task=NAME the one of these data")
+    if isinstance(name, str) and task.env.startswith(ROBOSUITE):
+        check_gripper(task, dataset)
     found, told = data_family(cfg, dataset)
     expected = task_family(task)
     if found is not None and expected is not None and found != expected:
         raise DataError(f"{dataset.source}: {told!r} is data of {found}, but the task is of {expected} (task.env={task.env!r}, task.family={task.family!r}); "
                         "give data.source data of that task, or task=NAME the one of these data (task.family=null for an environment of your own)")
+
+
+def check_gripper(task: Task, dataset: Dataset) -> None:
+    """DataError where the file is of robosuite 1.5 and task.env_kwargs does not say which gripper moves: the default is that of before.
+
+    The file alone does not tell: robomimic's own files of 1.5 are demonstrations recorded before it, with observations extracted anew. What is said, counts.
+    """
+    version = str(dataset.metadata.get("robosuite"))
+    if robosuite_version({"env_version": version}) < (1, 5) or "gripper_ramp" in task.env_kwargs:
+        return
+    own, before = (json.dumps({**task.env_kwargs, "gripper_ramp": ramp}) for ramp in (False, True))
+    raise DataError(f"{dataset.source}: is of robosuite {version}, whose gripper differs from the one before 1.5, which task.env_kwargs has unless it says "
+                    f"otherwise; say which moves: task.env_kwargs='{own}' for robosuite 1.5's (demonstrations recorded with it), or '{before}' for the one "
+                    "before (recorded before 1.5, as RoboMimic's own are, and converted)")
 
 
 def data_family(cfg: Config, dataset: Dataset) -> tuple[str | None, str]:

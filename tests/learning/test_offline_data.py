@@ -1,5 +1,6 @@
 """Which data a run learns from, and what is refused."""
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,22 @@ def test_another_task_of_robomimic_is_refused():
     check_task(square, Dataset([], "square.hdf5", {"env_name": "NutAssemblySquare"}))
     with pytest.raises(DataError, match="low_dim.hdf5: holds demonstrations of PickPlaceCan, but task.env_kwargs.name is 'NutAssemblySquare'"):
         check_task(square, Dataset([], "low_dim.hdf5", {"env_name": "PickPlaceCan"}))
+
+
+@pytest.mark.parametrize(("version", "kwargs", "refused"), [
+    ("1.5.1", {}, True), ("1.5.1", {"gripper_ramp": False}, False), ("1.5.1", {"gripper_ramp": True}, False), ("1.4.1", {}, False),
+    ("not stated (robomimic v0.1)", {}, False),
+])
+def test_data_of_robosuite_15_must_be_told_which_gripper_moves(version, kwargs, refused):
+    cfg = load(overrides=["task=lift-ph"])
+    cfg = cfg.replace({"task.env_kwargs": {**cfg.task.env_kwargs, **kwargs}})
+    data = Dataset([], "low_dim_v15.hdf5", {"env_name": "Lift", "robosuite": version})
+    if not refused:
+        return check_task(cfg, data)
+    with pytest.raises(DataError, match=r"is of robosuite 1.5.1.*task.env_kwargs='(.*)' for robosuite 1.5's") as error:
+        check_task(cfg, data)
+    given = re.search(r"task.env_kwargs='(.*?)' for", str(error.value))[1]
+    assert load(overrides=["task=lift-ph", f"task.env_kwargs={given}"]).task.env_kwargs == {**cfg.task.env_kwargs, "gripper_ramp": False}
 
 
 def test_other_subtasks_of_the_kitchen_are_refused(tmp_path):
