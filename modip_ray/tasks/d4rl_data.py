@@ -47,7 +47,7 @@ def read_d4rl(path: str | Path, max_transitions: int | None = None, max_episode_
             timeouts = read_flags(path, file, "timeouts", used)
         elif max_episode_steps is None:
             raise DataError(f"{path}: key 'timeouts' is missing (a D4RL v0 file?), so the end of an episode by its time limit cannot be seen; "
-                            f"pass max_episode_steps to cut at. The file has {key_names(file)}")
+                            f"pass max_episode_steps to cut at (modip data: --max-episode-steps N). The file has {key_names(file)}")
         else:
             timeouts = _time_limits(terminals, max_episode_steps)
             if timeouts.any():
