@@ -125,11 +125,14 @@ def collect_to(cfg: Config, policy: Policy, env_factory: EnvFactory, path: Path,
 
 
 def origin(cfg: Config) -> dict:
-    return {"env": cfg.task.env, "source": cfg.data.source, "transitions_asked": cfg.data.transitions, "seed": cfg.seed}
+    """What decides the collected episodes; in a file's metadata."""
+    return {"env": cfg.task.env, "env_kwargs": json.dumps(cfg.task.env_kwargs, sort_keys=True), "max_episode_steps": cfg.task.max_episode_steps,
+            "source": cfg.data.source, "transitions_asked": cfg.data.transitions, "seed": cfg.seed}
 
 
 def check_origin(cfg: Config, dataset: Dataset, path: Path) -> None:
-    """A kept file must come from the environment, policy and number of transitions that are asked for (another seed will do)."""
+    """A kept file must come from the environment, policy and number of transitions that are asked for. Another seed will do, and so does an older file that
+    does not say all of it."""
     for key, value in origin(cfg).items():
         found = dataset.metadata.get(key, value)
         if key != "seed" and found != value:

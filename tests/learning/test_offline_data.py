@@ -3,6 +3,7 @@ import os
 import re
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -57,6 +58,36 @@ def test_episodes_end_at_their_success(tmp_path):
     solved, failed = load_data(small(data=data, data__rewards="until_success"), PointEnv, tmp_path).episodes
     assert solved.rewards.tolist() == [0, 0, 1] and solved.terminated and solved.actions.shape == (3, 2)
     assert solved.observations[:, 0].tolist() == [0, 4, 8, 12] and failed.rewards.tolist() == [0, 0.5, 0] and not failed.terminated
+
+
+# ---- collected data --------------------------------------------------------------------------------------------------------------------------
+
+def demo(tmp_path, **settings):
+    """HalfCheetah's demonstrator, a few steps of it."""
+    few = {"data.transitions": 8, "task.max_episode_steps": 4, "data.cache": str(tmp_path / "kept.hdf5")}
+    return load().replace(few | {k.replace("__", "."): v for k, v in settings.items()})
+
+
+def collected(cfg, folder):
+    return load_data(cfg, env_factory(cfg.task), folder)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"task__env_kwargs": {"reset_noise_scale": 0.0}}, r"env_kwargs='{}', this run asks for '{\"reset_noise_scale\": 0.0}'"),
+    ({"task__max_episode_steps": 5}, "max_episode_steps=4, this run asks for 5"), ({"data__transitions": 9}, "transitions_asked=8, this run asks for 9"),
+])
+def test_kept_data_of_other_settings_are_refused(tmp_path, settings, words):
+    first = collected(demo(tmp_path), tmp_path)
+    assert collected(demo(tmp_path, seed=1), tmp_path).transitions == first.transitions == 8
+    with pytest.raises(DataError, match=f"kept.hdf5: was collected with {words}; delete the file"):
+        collected(demo(tmp_path, **settings), tmp_path)
+
+
+def test_kept_data_of_before_are_used(tmp_path):
+    collected(demo(tmp_path), tmp_path)
+    with h5py.File(tmp_path / "kept.hdf5", "r+") as file:
+        del file["metadata/env_kwargs"], file["metadata/max_episode_steps"]
+    assert collected(demo(tmp_path, task__max_episode_steps=5), tmp_path).transitions == 8
 
 
 # ---- data of another task --------------------------------------------------------------------------------------------------------------------
