@@ -55,7 +55,8 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
         if not path.is_file():
             collect_to(cfg, policy_of(cfg.data.source, cfg.task.family), env_factory, path, progress)
     dataset = read_any(source, max_transitions=cfg.data.max_transitions, max_episode_steps=cfg.task.max_episode_steps,
-                       action_range=(float(low.min()), float(high.max())), filter_key=cfg.data.filter_key, progress=download)
+                       action_range=(float(low.min()), float(high.max())), filter_key=cfg.data.filter_key,
+                       keep_success=cfg.data.rewards == "until_success", progress=download)
     if rolls_out(cfg.data.source):
         check_origin(cfg, dataset, path)
     else:

@@ -1,8 +1,10 @@
 """Which data a run learns from, and what is refused."""
 import os
 import re
+import shutil
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -58,6 +60,47 @@ def test_episodes_end_at_their_success(tmp_path):
     solved, failed = load_data(small(data=data, data__rewards="until_success"), PointEnv, tmp_path).episodes
     assert solved.rewards.tolist() == [0, 0, 1] and solved.terminated and solved.actions.shape == (3, 2)
     assert solved.observations[:, 0].tolist() == [0, 4, 8, 12] and failed.rewards.tolist() == [0, 0.5, 0] and not failed.terminated
+
+def test_a_success_at_the_last_row_is_not_lost_where_next_observations_are_missing(tmp_path):
+    with h5py.File(tmp_path / "s.hdf5", "w") as f:
+        f["observations"], f["actions"] = np.arange(16.0).reshape(4, 4), np.zeros((4, 2))
+        f["rewards"], f["terminals"], f["timeouts"] = np.float64([0, 1, 0, 0]), np.zeros(4, bool), np.array([0, 1, 0, 1], bool)
+    data = load_data(small(data=tmp_path / "s.hdf5", data__rewards="until_success"), PointEnv, tmp_path)
+    solved, failed = data.episodes
+    assert solved.rewards.tolist() == [0, 1] and solved.terminated and (solved.observations[2] == solved.observations[1]).all()
+    assert failed.length == 1 and not failed.terminated and "1 terminated or solved episode(s) repeats" in data.notes[1]
+    assert [e.length for e in load_data(small(data=tmp_path / "s.hdf5"), PointEnv, tmp_path).episodes] == [1, 1]
+
+
+@pytest.mark.parametrize("next_obs", [True, False])
+def test_robomimic_without_next_obs_keeps_its_successes(tmp_path, next_obs):
+    data = Path(os.environ.get("MODIP_TEST_DATA", "")) / "lift_ph_first10_low_dim.hdf5"
+    if not data.is_file():
+        pytest.skip("real data: set MODIP_TEST_DATA to a folder with the Lift file")
+    path = tmp_path / "lift.hdf5"
+    shutil.copyfile(data, path)
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            demo["rewards"][:] = np.arange(len(demo["rewards"])) == len(demo["rewards"]) - 1
+            if not next_obs:
+                del demo["next_obs"]
+    cfg = small(data=path, data__rewards="until_success")
+    lift = Sized(19, 7)
+    episodes = load_data(cfg, lambda: lift, tmp_path).episodes
+    assert len(episodes) == 10 and sum(e.length for e in episodes) == 531 and all(e.terminated and e.rewards[-1] == 1 for e in episodes)
+
+
+class Sized(PointEnv):
+    """PointEnv with other sizes."""
+
+    def __init__(self, obs_dim, action_dim):
+        self.observation_space, self.action_space = gym.spaces.Box(-1, 1, (obs_dim,)), gym.spaces.Box(-1, 1, (action_dim,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(self.observation_space.shape, np.float32), {}
+
+    def step(self, action):
+        return self.reset()[0], 0.0, False, False, {}
 
 
 # ---- collected data --------------------------------------------------------------------------------------------------------------------------
