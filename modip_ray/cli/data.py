@@ -136,6 +136,7 @@ def run_convert(args: argparse.Namespace) -> int:
         raise DataError(f"{args.target}: names a Minari data set, but --to is d4rl; give a file, or leave --to out")
     if to == "d4rl" and args.env:
         raise DataError(f"--env is {args.env!r}, but only a Minari data set records an environment so; leave it out")
+    target = str(Path(target).expanduser()) if to == "d4rl" else target
     if to == "d4rl" and Path(target).exists():
         raise DataError(f"{target}: exists already; delete it, or choose another name")
     dataset = read_any(args.source, max_episode_steps=args.max_episode_steps, progress=ProgressLine(args.source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from modip_ray.tasks.scores import env_family
 
 Progress = Callable[[int, int], None]
 
+POLICY = "policy:"
 ROBOSUITE, OLD_PHYSICS = "modip_ray.tasks.robosuite_env:", "modip_ray.tasks.d4rl_physics:"     # environments of ours whose env_kwargs say which task it is
 OFFICIAL = ("mujoco", "D4RL")       # Minari's own namespaces, where a family follows; elsewhere a user may call a data set anything
 GOAL_TOLERANCE = 1e-3
@@ -34,7 +36,7 @@ def source_label(cfg: Config) -> str:
     """What reports call the data."""
     if cfg.data.source == "demonstrator":
         return "demonstrator data"
-    return f"data of {cfg.data.source}" if cfg.data.source.startswith("policy:") else cfg.data.source
+    return f"data of {cfg.data.source}" if cfg.data.source.startswith(POLICY) else cfg.data.source
 
 
 def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Progress | None = None, download: Progress | None = None) -> Dataset:
@@ -77,7 +79,7 @@ def stored_source(cfg: Config, folder: Path) -> str:
     """What to read: the named dataset, or the file where what was collected is kept."""
     if not rolls_out(cfg.data.source):
         return cfg.data.source
-    return cfg.data.cache or str(folder / "data.hdf5")
+    return str(Path(cfg.data.cache).expanduser() if cfg.data.cache else folder / "data.hdf5")
 
 
 def with_newly_done(dataset: Dataset) -> Dataset:
@@ -103,7 +105,11 @@ def until_success(dataset: Dataset) -> Dataset:
 
 def rolls_out(source: str) -> bool:
     """The source is a policy that makes the data, not a dataset."""
-    return source == "demonstrator" or source.startswith("policy:")
+    return source == "demonstrator" or source.startswith(POLICY)
+
+
+def policy_file(source: str) -> str:
+    return os.path.expanduser(source.removeprefix(POLICY))      # as it is written else: older files of collected data say it so
 
 
 def policy_of(source: str, family: str | None) -> TanhGaussianPolicy:
@@ -113,7 +119,7 @@ def policy_of(source: str, family: str | None) -> TanhGaussianPolicy:
             raise ConfigError(f"data.source: there is no demonstrator for task.family={family!r} (only {', '.join(DEMONSTRATORS)}); "
                               "give data.source a file, a catalogue name (modip data list) or minari:<id>")
         return TanhGaussianPolicy.from_npz(demonstrator_path(family))
-    return TanhGaussianPolicy.from_d4rl(source.removeprefix("policy:"))
+    return TanhGaussianPolicy.from_d4rl(policy_file(source))
 
 
 def collect_to(cfg: Config, policy: Policy, env_factory: EnvFactory, path: Path, progress: Progress | None = None) -> None:
@@ -127,8 +133,9 @@ def collect_to(cfg: Config, policy: Policy, env_factory: EnvFactory, path: Path,
 
 def origin(cfg: Config) -> dict:
     """What decides the collected episodes; in a file's metadata."""
+    source = f"{POLICY}{policy_file(cfg.data.source)}" if cfg.data.source.startswith(POLICY) else cfg.data.source
     return {"env": cfg.task.env, "env_kwargs": json.dumps(cfg.task.env_kwargs, sort_keys=True), "max_episode_steps": cfg.task.max_episode_steps,
-            "source": cfg.data.source, "transitions_asked": cfg.data.transitions, "seed": cfg.seed}
+            "source": source, "transitions_asked": cfg.data.transitions, "seed": cfg.seed}
 
 
 def check_origin(cfg: Config, dataset: Dataset, path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from modip_ray.config import load
 from modip_ray.learning.env_source import env_factory
-from modip_ray.learning.offline_data import check_task, family_named, load_data, source_label
+from modip_ray.learning.offline_data import check_task, family_named, load_data, origin, source_label, stored_source
 from modip_ray.tasks.d4rl_data import DataError, write_d4rl
 from modip_ray.tasks.dataset import Dataset
 from modip_ray.tasks.episode import Episode
@@ -124,6 +124,18 @@ def test_kept_data_of_other_settings_are_refused(tmp_path, settings, words):
     assert collected(demo(tmp_path, seed=1), tmp_path).transitions == first.transitions == 8
     with pytest.raises(DataError, match=f"kept.hdf5: was collected with {words}; delete the file"):
         collected(demo(tmp_path, **settings), tmp_path)
+
+
+def test_home_is_the_same_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    first = collected(demo(tmp_path, data__cache="~/kept.hdf5"), tmp_path)
+    assert (tmp_path / "kept.hdf5").is_file() and not (tmp_path / "~").exists()
+    assert stored_source(demo(tmp_path, data__cache="~/x"), tmp_path) == f"{tmp_path}/x"
+    assert origin(demo(tmp_path, data__source="policy:./x"))["source"] == "policy:./x"
+    again = {"data__source": "policy:~/kept.hdf5", "data__cache": "~/again.hdf5"}                # what was collected holds the policy
+    assert collected(demo(tmp_path, **again), tmp_path).transitions == first.transitions
+    assert collected(demo(tmp_path, **again | {"data__source": f"policy:{tmp_path}/kept.hdf5"}), tmp_path).transitions == first.transitions
 
 
 def test_kept_data_of_before_are_used(tmp_path):
