@@ -53,6 +53,9 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
     obs_dim, low, high = spaces(remembered, try_step=True)
     source = stored_source(cfg, folder)
     if rolls_out(cfg.data.source):
+        if cfg.data.filter_key is not None:
+            raise DataError(f"data.filter_key is {cfg.data.filter_key!r}, but only robomimic files have such keys, and data.source={cfg.data.source} collects "
+                            "data; set data.filter_key=null")
         path = Path(source)
         if not path.is_file():
             collect_to(cfg, policy_of(cfg.data.source, cfg.task.family), env_factory, path, progress)
@@ -123,12 +126,26 @@ def policy_of(source: str, family: str | None) -> TanhGaussianPolicy:
 
 
 def collect_to(cfg: Config, policy: Policy, env_factory: EnvFactory, path: Path, progress: Progress | None = None) -> None:
-    """Roll a policy out and write D4RL's layout, with where it came from in the metadata."""
+    """Roll a policy out and write D4RL's layout, with where it came from in the metadata; DataError for a policy of another environment."""
+    if isinstance(policy, TanhGaussianPolicy):
+        check_policy(cfg, policy, env_factory)
     episodes = collect(policy, env_factory, cfg.data.transitions, cfg.task.max_episode_steps, cfg.seed, progress=progress)
     metadata = origin(cfg)
     if isinstance(policy, TanhGaussianPolicy):
         metadata["policy"] = policy.to_metadata()
     write_d4rl(path, episodes, metadata)
+
+
+def check_policy(cfg: Config, policy: TanhGaussianPolicy, env_factory: EnvFactory) -> None:
+    obs_dim, low, _ = spaces(env_factory)
+    for what, got, expected in (("observations", policy.obs_dim, obs_dim), ("actions", policy.action_dim, len(low))):
+        if got != expected:
+            raise DataError(f"{cfg.data.source}: the policy is for {what} of {got} numbers, but {cfg.task.env} has {expected}; give data.source the policy of "
+                            "that environment, or task=NAME the policy's")
+    found, family = cfg.task.family if cfg.data.source == "demonstrator" else family_named(policy_file(cfg.data.source)), task_family(cfg.task)
+    if None not in (found, family) and found != family:
+        raise DataError(f"{cfg.data.source}: the policy is of {found}, but the task is of {family} (task.env={cfg.task.env!r}, "
+                        f"task.family={cfg.task.family!r}); give data.source the policy of that environment, or task=NAME the policy's")
 
 
 def origin(cfg: Config) -> dict:

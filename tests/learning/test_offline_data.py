@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from modip_ray.config import load
+from modip_ray.learning import offline_data
 from modip_ray.learning.env_source import env_factory
 from modip_ray.learning.offline_data import check_task, family_named, load_data, origin, source_label, stored_source
 from modip_ray.tasks.d4rl_data import DataError, write_d4rl
@@ -136,6 +137,25 @@ def test_home_is_the_same_everywhere(tmp_path, monkeypatch):
     again = {"data__source": "policy:~/kept.hdf5", "data__cache": "~/again.hdf5"}                # what was collected holds the policy
     assert collected(demo(tmp_path, **again), tmp_path).transitions == first.transitions
     assert collected(demo(tmp_path, **again | {"data__source": f"policy:{tmp_path}/kept.hdf5"}), tmp_path).transitions == first.transitions
+
+
+def test_a_policy_that_does_not_fit_is_told_before_anything_is_collected(tmp_path, monkeypatch):
+    kept = tmp_path / "halfcheetah_medium-v2.hdf5"
+    collected(demo(tmp_path, data__cache=str(kept)), tmp_path)
+    monkeypatch.setattr(offline_data, "collect", lambda *a, **k: pytest.fail("nothing is to be collected"))
+    policy = {"data__source": f"policy:{kept}"}
+    for settings, words in (({**policy, "task__env": "Hopper-v4"}, "policy is for observations of 17 numbers, but Hopper-v4 has 11; give data.source"),
+                            ({**policy, "task__env": "tests.learning.test_offline_data:Arms"}, "for actions of 6 numbers, but .*Arms has 7"),
+                            ({**policy, "task__env": "Walker2d-v4"}, "the policy is of halfcheetah, but the task is of walker2d"),
+                            ({"task__env": "Walker2d-v4"}, "demonstrator: the policy is of halfcheetah, but the task is of walker2d"),
+                            ({"data__filter_key": "train"}, "data.filter_key is 'train'.*data.source=demonstrator collects data; set data.filter_key=null")):
+        with pytest.raises(DataError, match=words):
+            collected(demo(tmp_path, **settings), tmp_path)
+
+
+class Arms(Sized):
+    def __init__(self):
+        super().__init__(17, 7)
 
 
 def test_kept_data_of_before_are_used(tmp_path):
