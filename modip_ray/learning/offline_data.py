@@ -21,7 +21,7 @@ from modip_ray.tasks.envs import EnvFactory
 from modip_ray.tasks.episode import Episode
 from modip_ray.tasks.kitchen import Kitchen, newly_done
 from modip_ray.tasks.readers import MINARI, read_any
-from modip_ray.tasks.robomimic_data import robosuite_version
+from modip_ray.tasks.robomimic_data import LAYOUTS, robosuite_version
 from modip_ray.tasks.scores import env_family
 
 Progress = Callable[[int, int], None]
@@ -71,7 +71,7 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
         got = getattr(first, key).shape[1]
         if got != expected:
             raise DataError(f"{source}: {key} have {got} columns, but {cfg.task.env} has {expected}; is data.source for another task than task.env?")
-    kitchen = made[0].unwrapped
+    kitchen = getattr(made[0], "unwrapped", made[0])
     if isinstance(kitchen, Kitchen):
         check_goal(kitchen, dataset)
     as_paid = {"newly_done": with_newly_done, "until_success": until_success}.get(cfg.data.rewards)
@@ -137,6 +137,7 @@ def collect_to(cfg: Config, policy: Policy, env_factory: EnvFactory, path: Path,
 
 
 def check_policy(cfg: Config, policy: TanhGaussianPolicy, env_factory: EnvFactory) -> None:
+    """DataError for a policy of other sizes, or of another family where its file's name, or the demonstrator, tells it."""
     obs_dim, low, _ = spaces(env_factory)
     for what, got, expected in (("observations", policy.obs_dim, obs_dim), ("actions", policy.action_dim, len(low))):
         if got != expected:
@@ -169,10 +170,10 @@ def check_origin(cfg: Config, dataset: Dataset, path: Path) -> None:
 def check_task(cfg: Config, dataset: Dataset) -> None:
     """DataError where what the data say of themselves, or an official name, tells that they are of another task than task.env. Own data may say nothing."""
     task, name = cfg.task, dataset.metadata.get("env_name")
-    if isinstance(name, str) and task.env.startswith(ROBOSUITE) and name != task.env_kwargs.get("name"):
+    if name in LAYOUTS and task.env.startswith(ROBOSUITE) and name != task.env_kwargs.get("name"):
         raise DataError(f"{dataset.source}: holds demonstrations of {name}, but task.env_kwargs.name is {task.env_kwargs.get('name')!r}; "
                         "give data.source a file of that task, or task=NAME the one of these data")
-    if isinstance(name, str) and task.env.startswith(ROBOSUITE):
+    if "robosuite" in dataset.metadata and task.env.startswith(ROBOSUITE):
         check_gripper(task, dataset)
     found, told = data_family(cfg, dataset)
     expected = task_family(task)

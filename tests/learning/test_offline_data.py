@@ -202,6 +202,15 @@ def test_own_data_and_own_environments_go_on_working(tmp_path):
         check_task(old.replace({"data.source": "d4rl/walker2d_medium-v2"}), Dataset([], "own"))
 
 
+def test_an_environment_that_is_no_gymnasium_class(tmp_path):
+    class Plain:
+        observation_space, action_space, reset, step = PointEnv.observation_space, PointEnv.action_space, Sized.reset, Sized.step
+
+        def close(self):
+            pass
+    assert load_data(small(data=zeros(tmp_path / "my.hdf5", 4, 2)), Plain, tmp_path).transitions == 3
+
+
 def test_names_that_tell_a_family():
     told = {"d4rl/hopper_medium-v2": "hopper", "/x/hopper_medium-v2.hdf5": "hopper", "d4rl/kitchen_mixed-v0": "kitchen",
             "minari:mujoco/walker2d/expert-v0": "walker2d", "/x/mini_kitchen_microwave_kettle_light_slider-v0.hdf5": "kitchen",
@@ -212,6 +221,7 @@ def test_names_that_tell_a_family():
 def test_another_task_of_robomimic_is_refused():
     square = load(overrides=["task=square-ph"])
     check_task(square, Dataset([], "square.hdf5", {"env_name": "NutAssemblySquare"}))
+    check_task(square, Dataset([], "square_d0.hdf5", {"env_name": "Square_D0"}))                # of a variant that we do not know
     with pytest.raises(DataError, match="low_dim.hdf5: holds demonstrations of PickPlaceCan, but task.env_kwargs.name is 'NutAssemblySquare'"):
         check_task(square, Dataset([], "low_dim.hdf5", {"env_name": "PickPlaceCan"}))
 
