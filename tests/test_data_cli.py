@@ -1,6 +1,7 @@
 import argparse
 import hashlib
 
+import h5py
 import numpy as np
 import pytest
 
@@ -176,6 +177,23 @@ def test_convert_refuses(modip, file, tmp_path):
 def test_convert_keeps_what_the_file_says(modip, file, tmp_path):
     modip("convert", file, tmp_path / "copy.hdf5")
     assert read_d4rl(tmp_path / "copy.hdf5").metadata == {"env": "Toy-v0", "converted_from": str(file)}
+
+
+def test_a_file_without_time_limits_needs_one(modip, tmp_path, capsys):
+    """Cut at 1000, which nothing in the file says, two episodes of 4 steps were one with a transition across the reset."""
+    path, out = tmp_path / "v0.hdf5", tmp_path / "out.hdf5"
+    with h5py.File(path, "w") as f:
+        f["observations"], f["actions"] = np.arange(16.0).reshape(8, 2), np.zeros((8, 1))
+        f["rewards"], f["terminals"] = np.zeros(8), np.zeros(8, bool)
+    for argv in (("info", path), ("convert", path, out)):
+        with pytest.raises(DataError, match="'timeouts' is missing.*--max-episode-steps N"):
+            modip(*argv)
+    assert modip("verify", path) == 2 and "--max-episode-steps" in capsys.readouterr().err and not out.exists()
+    assert modip("info", path, "--max-episode-steps", 4) == modip("verify", path, "--max-episode-steps", 4) == 0
+    assert modip("convert", path, out, "--max-episode-steps", 4) == 0
+    assert [e.length for e in read_d4rl(out).episodes] == [3, 3]
+    with pytest.raises(SystemExit):
+        modip("info", path, "--max-episode-steps", 0)
 
 
 # ---- the progress line -----------------------------------------------------------------------------------------------------------------------

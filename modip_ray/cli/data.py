@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from modip_ray.cli.arguments import command
+from modip_ray.cli.arguments import command, positive
 from modip_ray.progress import ProgressLine, size_text
 
 MINARI = "minari:"
@@ -22,18 +22,26 @@ def add_parsers(commands) -> None:
 
     p = command(data, "info", run_info, "episodes, returns and ranges of a data set (D4RL or robomimic file, catalogue name, minari:ID); downloads nothing")
     p.add_argument("source", metavar="FILE|NAME|minari:ID")
+    add_limit(p)
 
     p = command(data, "download", run_download, "fetch data sets of the catalogue (or of Minari), going on where a download broke off, and verify them")
     p.add_argument("names", nargs="+", metavar="NAME|minari:ID")
 
     p = command(data, "verify", run_verify, "compare files with the catalogue's checksums, reading them again; exit status 2 where one is wrong")
     p.add_argument("sources", nargs="+", metavar="NAME|FILE")
+    add_limit(p)
 
     p = command(data, "convert", run_convert, "read any data set and write it in D4RL's layout or as a Minari data set")
     p.add_argument("source", metavar="SRC", help="FILE, NAME or minari:ID")
     p.add_argument("target", metavar="DST", help="a file to write, or minari:ID")
     p.add_argument("--to", choices=("d4rl", "minari"), help="default: minari where DST begins with minari:, else d4rl")
     p.add_argument("--env", metavar="ID", help="for Minari, the gymnasium environment to record; default: the one that SRC names")
+    add_limit(p)
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-episode-steps", type=positive, metavar="N",
+                        help="the time limit of the environment; for files without `timeouts`, where no end of an episode by time is seen")
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -61,7 +69,7 @@ def run_info(args: argparse.Namespace) -> int:
     if args.source in catalogue() and not local_path(args.source).is_file() and not Path(args.source).is_file():
         print(f"{args.source}: {state(args.source)}; 'modip data download {args.source}' fetches {catalogue()[args.source].facts()}")
         return 0
-    print(describe(read_any(args.source, max_episode_steps=1000)))
+    print(describe(read_any(args.source, max_episode_steps=args.max_episode_steps)))
     return 0
 
 
@@ -88,14 +96,14 @@ def run_verify(args: argparse.Namespace) -> int:
     for source in args.sources:
         try:
             is_name = source in catalogue() and not Path(source).is_file()
-            print(f"{source}: {verify(source, again=True) if is_name else verify_file(source)}")
+            print(f"{source}: {verify(source, again=True) if is_name else verify_file(source, args.max_episode_steps)}")
         except DataError as error:
             print(f"modip data verify: {error}", file=sys.stderr)
             wrong += 1
     return 2 if wrong else 0
 
 
-def verify_file(source: str) -> str:
+def verify_file(source: str, max_episode_steps: int | None = None) -> str:
     """Which official file this is; one that the catalogue does not know is read instead. DataError where it is damaged, or another than its name says."""
     from modip_ray.tasks.catalogue import catalogue, sha256_of
     from modip_ray.tasks.dataset import DataError
@@ -114,7 +122,7 @@ def verify_file(source: str) -> str:
         if path.name == official and sum(e.address.endswith(f"/{official}") for e in entries) == 1:
             raise DataError(f"{path}: is named like {entry.name} but differs from it: {path.stat().st_size:,} bytes, sha256 {found}; expected {entry.size:,}, "
                             f"{entry.sha256}")
-    dataset = read_any(path, max_episode_steps=1000)
+    dataset = read_any(path, max_episode_steps=max_episode_steps)
     return f"not in the catalogue (sha256 {found}), can be read: {len(dataset.episodes):,} episodes, {dataset.transitions:,} transitions"
 
 
@@ -128,9 +136,10 @@ def run_convert(args: argparse.Namespace) -> int:
         raise DataError(f"{args.target}: names a Minari data set, but --to is d4rl; give a file, or leave --to out")
     if to == "d4rl" and args.env:
         raise DataError(f"--env is {args.env!r}, but only a Minari data set records an environment so; leave it out")
+    target = str(Path(target).expanduser()) if to == "d4rl" else target
     if to == "d4rl" and Path(target).exists():
         raise DataError(f"{target}: exists already; delete it, or choose another name")
-    dataset = read_any(args.source, max_episode_steps=1000, progress=ProgressLine(args.source))
+    dataset = read_any(args.source, max_episode_steps=args.max_episode_steps, progress=ProgressLine(args.source))
     if to == "d4rl":
         about = {"converted_from": args.source} | ({"notes": "; ".join(dataset.notes)} if dataset.notes else {})
         write_d4rl(target, dataset.episodes, {**dataset.metadata, **about})

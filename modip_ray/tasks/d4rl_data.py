@@ -18,12 +18,13 @@ BLOCK = 65_536  # rows compared at a time
 
 
 def read_d4rl(path: str | Path, max_transitions: int | None = None, max_episode_steps: int | None = None,
-              action_range: tuple[float, float] | None = (-1.0, 1.0)) -> Dataset:
+              action_range: tuple[float, float] | None = (-1.0, 1.0), keep_success: bool = False) -> Dataset:
     """Episodes of a D4RL file, each with its true last observation; DataError names file, key, index and what was expected.
 
     max_transitions   : use only the first rows of the file; the episode they cut is kept, as not terminated
     max_episode_steps : only for files without `timeouts` (D4RL v0): an episode also ends after so many steps
     action_range      : what actions must lie in (D4RL's all lie in [-1, 1]); None accepts any
+    keep_success      : for who ends episodes, terminated, at a reward of 1: an episode with one at its end counts as one that terminated below
 
     An episode ends at `terminals` OR `timeouts`; rows after the last end are a final episode that was cut. Its last observation is
     - `next_observations` at its last row, where the file has that key; a row inside an episode whose next_observations is not the
@@ -47,7 +48,7 @@ def read_d4rl(path: str | Path, max_transitions: int | None = None, max_episode_
             timeouts = read_flags(path, file, "timeouts", used)
         elif max_episode_steps is None:
             raise DataError(f"{path}: key 'timeouts' is missing (a D4RL v0 file?), so the end of an episode by its time limit cannot be seen; "
-                            f"pass max_episode_steps to cut at. The file has {key_names(file)}")
+                            f"pass max_episode_steps to cut at (modip data: --max-episode-steps N). The file has {key_names(file)}")
         else:
             timeouts = _time_limits(terminals, max_episode_steps)
             if timeouts.any():
@@ -60,7 +61,7 @@ def read_d4rl(path: str | Path, max_transitions: int | None = None, max_episode_
     ends = terminals | timeouts
     if following is not None:
         ends = ends | _unmarked_ends(path, observations, following, ends, notes)
-    episodes = _split(observations, actions, rewards, terminals, ends, following, notes)
+    episodes = _split(observations, actions, rewards, terminals, ends, following, notes, keep_success)
     if not episodes:
         raise DataError(f"{path}: holds no complete transition ({used} rows used); " + "; ".join(notes))
     return Dataset(episodes, str(path), metadata, tuple(notes))
@@ -170,7 +171,7 @@ def _unmarked_ends(path: Path, observations: np.ndarray, following: np.ndarray, 
 
 
 def _split(observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminals: np.ndarray, ends: np.ndarray, following: np.ndarray | None,
-           notes: list[str]) -> list[Episode]:
+           notes: list[str], keep_success: bool) -> list[Episode]:
     """Cut the rows into episodes; see read_d4rl for the last observations."""
     used = len(rewards)
     stops = (np.flatnonzero(ends) + 1).tolist()
@@ -184,7 +185,7 @@ def _split(observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, t
             last = following[stop - 1:stop]
         elif not ends[stop - 1] and stop < len(observations):                       # cut by max_transitions: the next row belongs to the same episode
             last = observations[stop:stop + 1]
-        elif terminated:
+        elif terminated or (keep_success and rewards[stop - 1] >= 1):
             last, repeated = observations[stop - 1:stop], repeated + 1
         else:
             last, length, dropped = observations[:0], length - 1, dropped + 1
@@ -195,7 +196,7 @@ def _split(observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, t
     if dropped:
         notes.append(f"no next_observations: {dropped} last transition(s) of episodes that did not terminate dropped, their next observation is unknown")
     if repeated:
-        notes.append(f"no next_observations: the last observation of {repeated} terminated episode(s) repeats the one before")
+        notes.append(f"no next_observations: the last observation of {repeated} terminated{' or solved' * keep_success} episode(s) repeats the one before")
     return episodes
 
 

@@ -16,13 +16,16 @@ SUFFIXES = (".hdf5", ".h5")
 
 
 def read_any(source: str | Path, *, max_transitions: int | None = None, max_episode_steps: int | None = None,
-             action_range: tuple[float, float] | None = None, filter_key: str | None = None, progress: Progress | None = None) -> Dataset:
+             action_range: tuple[float, float] | None = None, filter_key: str | None = None, keep_success: bool = False,
+             progress: Progress | None = None) -> Dataset:
     """Episodes of `source`: the path of a D4RL or robomimic file (told apart by their keys), "minari:<id>", or a name of the catalogue.
 
     max_transitions   : use only the first ones; the episode they cut is kept, as not terminated
     max_episode_steps : for D4RL v0 files, which do not mark time limits
     action_range      : what actions must lie in; None accepts any
     filter_key        : for robomimic files, which demonstrations (a name under `mask/`)
+    keep_success      : where a file has no next observations, keep a last transition that earns 1, with its observation repeated (for data.rewards:
+                        until_success, which ends the episode there)
     progress          : called with (bytes there, bytes in all) while a catalogue file is downloaded, which happens once
     """
     text = str(source)
@@ -33,9 +36,9 @@ def read_any(source: str | Path, *, max_transitions: int | None = None, max_epis
     path = source_path(source, progress)
     if layout(path) == "robomimic":
         from modip_ray.tasks.robomimic_data import read_robomimic
-        return _in_range(read_robomimic(path, filter_key=filter_key, max_transitions=max_transitions), action_range)
+        return _in_range(read_robomimic(path, filter_key=filter_key, max_transitions=max_transitions, keep_success=keep_success), action_range)
     _no_filter(str(path), filter_key, "D4RL's layout")
-    return read_d4rl(path, max_transitions, max_episode_steps, action_range)
+    return read_d4rl(path, max_transitions, max_episode_steps, action_range, keep_success)
 
 
 def source_path(source: str | Path, progress: Progress | None = None) -> Path:

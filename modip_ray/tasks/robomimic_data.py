@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -19,6 +19,7 @@ from modip_ray.tasks.hdf5 import ACTION_TOLERANCE, dataset_of, key_names, opened
 
 ROBOT_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")
 SIZES = {"eef_pos": 3, "eef_quat": 4, "gripper_qpos": 2}
+End = Literal["known", "dropped", "repeated"]
 DEMO = re.compile(r"demo_(\d+)")
 TEXT_SECONDS = 60       # for a process that starts, opens a file and reads a text
 SAME = 0.02             # metres that the stored relative positions may be off (median): robosuite 1.5 computes some from the step before
@@ -79,15 +80,18 @@ def object_vector(task: str, absolute: Mapping[str, np.ndarray], robots: Sequenc
     return np.concatenate([parts[key] for key, _ in LAYOUTS[task].stored], axis=-1)
 
 
-def read_robomimic(path: str | Path, filter_key: str | None = None, max_transitions: int | None = None, obs_keys: Sequence[str] | None = None) -> Dataset:
+def read_robomimic(path: str | Path, filter_key: str | None = None, max_transitions: int | None = None, obs_keys: Sequence[str] | None = None,
+                   keep_success: bool = False) -> Dataset:
     """Demonstrations of a robomimic file, in the order of their numbers; DataError names file, key, index and what was expected.
 
     filter_key      : only the demonstrations listed under mask/<filter_key>, e.g. "train"
     max_transitions : use only the first ones; the episode they cut is kept
     obs_keys        : which of obs/ make up an observation; None for `object` and each robot's eef_pos, eef_quat, gripper_qpos
+    keep_success    : for who ends episodes at their success, after which no value is bootstrapped: see below
 
     The last observation of an episode is next_obs at its last row (which robomimic's extraction took from robosuite's step, up to 50 ms old, and not from a
-    recorded state as all others). In a file without next_obs it is unknown, and each episode loses its last transition. No episode terminates: success does
+    recorded state as all others). In a file without next_obs it is unknown, and each episode loses its last transition; with keep_success one whose
+    last reward is 1 keeps it, as its success may be at no other row, and its last observation repeats the one before. No episode terminates: success does
     not end them.
     Without obs_keys the object's columns come as robosuite before 1.5 has them, whatever the file's version: see object_vector.
     """
@@ -98,10 +102,10 @@ def read_robomimic(path: str | Path, filter_key: str | None = None, max_transiti
     with opened(path) as file:
         demos = _demos(path, file, filter_key)
         keys = list(obs_keys) if obs_keys is not None else _usual_keys(path, file, demos[0])
-        episodes, left, blind = [], max_transitions, 0
+        episodes, left, ends = [], max_transitions, []
         for demo in demos:
-            episode, whole = _episode(path, file, demo, keys, left)
-            blind += not whole
+            episode, end = _episode(path, file, demo, keys, left, keep_success)
+            ends.append(end)
             if episode is None:
                 continue
             if episodes and episode.observations.shape[1] != episodes[0].observations.shape[1]:
@@ -115,8 +119,10 @@ def read_robomimic(path: str | Path, filter_key: str | None = None, max_transiti
         meta = _env_args(path, file)
     if not episodes:
         raise DataError(f"{path}: holds no complete transition: its episodes have one step each, and there is no next_obs")
-    if blind:
-        notes.append(f"no next_obs: {blind} last transition(s) dropped, their next observation is unknown")
+    if "dropped" in ends:
+        notes.append(f"no next_obs: {ends.count('dropped')} last transition(s) dropped, their next observation is unknown")
+    if "repeated" in ends:
+        notes.append(f"no next_obs: the last observation of {ends.count('repeated')} episode(s) that end in success repeats the one before")
     if obs_keys is None and meta["env_name"] in LAYOUTS:
         episodes = _in_our_order(path, meta["env_name"], episodes, notes)
     return Dataset(episodes, str(path), _described(meta, len(demos), filter_key), tuple(notes))
@@ -218,8 +224,8 @@ def _observations(path: Path, file: h5py.File, demo: str) -> h5py.Group:
     return obs
 
 
-def _episode(path: Path, file: h5py.File, demo: str, keys: Sequence[str], left: int | None) -> tuple[Episode | None, bool]:
-    """The first `left` transitions of a demonstration, and whether its last observation is known; None where nothing is left without it."""
+def _episode(path: Path, file: h5py.File, demo: str, keys: Sequence[str], left: int | None, keep_success: bool) -> tuple[Episode | None, End]:
+    """The first `left` transitions of a demonstration, and what became of one whose next observation is unknown; None where nothing is left without it."""
     _observations(path, file, demo)
     steps = len(_rows(path, file, f"{demo}/actions", 2))
     used = steps if left is None else min(steps, left)
@@ -253,11 +259,13 @@ def _episode(path: Path, file: h5py.File, demo: str, keys: Sequence[str], left: 
         if len(gap):
             raise DataError(f"{path}: {demo}/next_obs[{gap[0]}] is not {demo}/obs[{gap[0] + 1}], and so at {len(gap)} rows; expected rows in time order")
         observations = np.concatenate([observations[:used], following[-1:]])
-    elif used == steps:
-        used -= 1
-        if used == 0:
-            return None, False
-    return Episode(observations[:used + 1], actions[:used], rewards[:used], False), known or used < steps - 1
+    end: End = "known"
+    if not known and used == steps:
+        if keep_success and rewards[-1] >= 1:
+            observations, end = np.concatenate([observations, observations[-1:]]), "repeated"
+        else:
+            used, end = used - 1, "dropped"
+    return Episode(observations[:used + 1], actions[:used], rewards[:used], False) if used else None, end
 
 
 def _rows(path: Path, file: h5py.File, key: str, dims: int) -> h5py.Dataset:

@@ -146,6 +146,22 @@ def test_without_next_obs_the_last_transitions_are_dropped(tmp_path):
         read_robomimic(tmp_path / "g.hdf5")
 
 
+def test_without_next_obs_a_success_at_the_end_can_be_kept(tmp_path):
+    """In many files the only success is at the last row."""
+    expected = write(tmp_path / "f.hdf5", next_obs=False, lengths={"demo_0": 5, "demo_1": 1, "demo_2": 3})
+    edit(tmp_path / "f.hdf5", {"data/demo_0/rewards": np.float64([0, 0, 0, 0, 1]), "data/demo_2/rewards": np.zeros(3)})
+    dataset = read_robomimic(tmp_path / "f.hdf5", keep_success=True)
+    assert [e.length for e in dataset.episodes] == [5, 1, 2] and [e.rewards[-1] for e in dataset.episodes] == [1, 1, 0]
+    assert "1 last transition(s) dropped" in dataset.notes[0] and "the last observation of 2 episode(s) that end in success repeats" in dataset.notes[1]
+    first = dataset.episodes[0].validate().observations
+    np.testing.assert_allclose(first, expected["demo_0"][[0, 1, 2, 3, 4, 4]], atol=1e-6)
+    assert [e.length for e in read_robomimic(tmp_path / "f.hdf5", max_transitions=4, keep_success=True).episodes] == [4]
+    assert read_robomimic(tmp_path / "f.hdf5", max_transitions=4).notes == ()                       # the cut's next observation is known
+    write(tmp_path / "g.hdf5", lengths={"demo_0": 5})
+    (kept,), (plain,) = (read_robomimic(tmp_path / "g.hdf5", keep_success=keep).episodes for keep in (True, False))
+    assert (kept.observations == plain.observations).all()
+
+
 def test_other_observation_keys_come_as_they_are(lift):
     dataset = read_robomimic(lift, obs_keys=["robot0_joint_pos", "object"])
     first = np.concatenate([raw(lift, "data/demo_0/obs/robot0_joint_pos"), raw(lift, "data/demo_0/obs/object")], 1)
