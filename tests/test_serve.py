@@ -146,11 +146,18 @@ def test_each_query_of_a_batch_gets_its_own_rows(finished_run):
     assert Engine(finished_run, "bc").limits.modes == ("bc",)
 
 
-def test_named_clients_plan_from_their_last_plans(finished_run, monkeypatch):
+@pytest.fixture
+def planned(finished_run, monkeypatch):
+    """An engine, and which rows of its plans began warm."""
     engine, begins = Engine(finished_run, "mpc"), []
     plan = engine.policy.planner.search.__call__
     monkeypatch.setattr(engine.policy.planner, "find", lambda s, noise, warm, has_warm, limits: begins.append(has_warm.tolist()) or
                         plan(s, noise, warm, has_warm, limits))
+    return engine, begins
+
+
+def test_named_clients_plan_from_their_last_plans(planned, monkeypatch):
+    engine, begins = planned
     asked = queries(2, 1, 1, mode="mpc", clients=("a", None, "b"))
     engine(asked)
     engine(asked)
@@ -161,6 +168,23 @@ def test_named_clients_plan_from_their_last_plans(finished_run, monkeypatch):
     assert list(engine.clients) == ["c"] and engine.kept == 1 and ("a", 0) not in engine.policy.planner.warm.rows
     engine(asked[2:])
     assert begins[-1] == [False]
+
+
+def test_a_plan_after_a_request_of_another_mode_starts_cold(planned):
+    """Whether that one said that an episode has begun, or came later in the same one: the last plan is not of this moment."""
+    engine, begins = planned
+    for reset in (True, False):
+        begins.clear()
+        (plan,), (act,) = queries(2, mode="mpc", clients=("a",)), queries(1, clients=("a",))
+        first, other = Query(plan.obs, np.ones(2, bool), "a", "mpc"), queries(1, mode="mpc", clients=("b",))
+        for batch in ([first], [plan], [Query(act.obs, np.full(1, reset), "a", "policy"), *other], [plan], [plan]):
+            engine(batch)
+        assert begins[:2] == [[False] * 2, [True] * 2] and begins[3:] == [[False] * 2, [True] * 2]
+    begins.clear()
+    for batch in ([plan, act], [Query(plan.obs[:1], np.zeros(1, bool), "a", "mpc")], [plan], [act, plan], [plan]):
+        engine(batch)
+    assert begins == [[True] * 2, [False], [True, False], [False] * 2, [True] * 2], "also within a batch, and for each row"
+    assert not engine.outdated
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(finished_run, tmp_path, capfd):
