@@ -107,6 +107,8 @@ def test_a_thousand_bad_requests_are_refused_and_the_server_lives(server):
             PolicyClient(server.url, as_json=True).act(ROWS[0, :3])
         with pytest.raises(RefusedError, match="413: .*got 600 rows"):
             client.act(np.zeros((600, 4)))
+        with pytest.raises(ValueError, match=r"^obs: got shape \(4, 5\), expected \(4,\) or \(rows, 4\); send one"):
+            client.act(ROWS.T)
         assert client.act(ROWS).shape == (5, 2, 2)
 
 
@@ -134,6 +136,20 @@ def test_a_newer_checkpoint_acts(server):
         while client.act(ROWS).shape == (5, 2, 2) and client.version != later.name:
             assert time.monotonic() < deadline, client.info()
             time.sleep(0.05)
+
+
+def test_bytes_of_another_shape_are_not_sent_as_other_rows(monkeypatch):
+    sent = []
+
+    def request(self, method, path, body=None, content_type=None):
+        sent.append(method)
+        return (b'{"obs_dim": 4}', {}) if method == "GET" else (body, {"x-version": "v", "x-shape": f"{len(body) // 16},2,2"})
+    monkeypatch.setattr(PolicyClient, "request", request)
+    client = PolicyClient("http://localhost:1")
+    for wrong in (ROWS.T, ROWS.ravel(), ROWS[None], ROWS[0, 0], ROWS[:, :2], np.zeros(0)):
+        with pytest.raises(ValueError, match=r"expected \(4,\) or \(rows, 4\)"):
+            client.act(wrong)
+    assert client.act(ROWS).shape == (5, 2, 2) and client.act(ROWS[0]).shape == (2, 2) and sent == ["GET", "POST", "POST"]
 
 
 def test_each_query_of_a_batch_gets_its_own_rows(finished_run):
