@@ -1,5 +1,6 @@
 """`modip serve`: one real server for all tests over HTTP, ended by Ctrl-C in the last one; the engine and the checks as plain objects."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from modip_ray.bench import serve as bench_serve
 from modip_ray.learning.checkpoint import folders
 from modip_ray.policy import load
 from modip_ray.serve import engine as engine_module
+from modip_ray.serve.app import Server
 from modip_ray.serve.bad_requests import generate, send
 from modip_ray.serve.client import PolicyClient, RefusedError
 from modip_ray.serve.engine import Engine
@@ -214,6 +216,40 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(finished_run, tmp_path, c
     assert capfd.readouterr().err.count("damaged checkpoint passed over") == 1
     shutil.copytree(sound, sound.with_name("step_000000999_u0000999"))
     assert engine.follow() and engine.describe()["version"] == "step_000000999_u0000999" and engine.describe()["problem"] is None
+
+
+def test_a_folder_that_is_away_for_a_moment_does_not_end_the_following(finished_run, tmp_path, monkeypatch):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    engine, real = Engine(run, "policy"), folders
+    sound = real(run / "checkpoints")[0]
+    away = True
+
+    def listed(root):
+        if away:
+            raise OSError(116, "Stale file handle")
+        return real(root)
+    monkeypatch.setattr(engine_module, "folders", listed)
+    server = object.__new__(Server)
+    server.engine, looks = engine, []
+    monkeypatch.setattr(engine, "follow", lambda follow=engine.follow: looks.append((follow(), engine.describe()["problem"])))
+
+    async def follow():
+        nonlocal away
+        following = asyncio.create_task(server.follow(0.01))
+        for later in ("", "step_000000999_u0000999"):
+            away = True
+            while looks[-1:] != [(False, "OSError: [Errno 116] Stale file handle")]:
+                await asyncio.sleep(0.01)
+                assert not following.done()
+            if later:
+                shutil.copytree(sound, sound.with_name(later))
+            away = False
+            while looks[-1][1] is not None:
+                await asyncio.sleep(0.01)
+                assert not following.done()
+        following.cancel()
+    asyncio.run(asyncio.wait_for(follow(), 60))
+    assert engine.describe()["version"] == "step_000000999_u0000999" and [found for found, _ in looks].count(True) == 1
 
 
 def test_what_cannot_be_served_is_said_in_one_line(server, tmp_path, capsys):

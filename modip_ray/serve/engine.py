@@ -100,21 +100,25 @@ class Engine:
 
     def follow(self) -> bool:
         """Whether a newer checkpoint was there and acts from the next batch on. To be called in another thread than the batches."""
-        found = folders(self.run / "checkpoints")
-        if not found or found[0].name in (self.policy.version, self.passed_over):
-            return False
         try:
+            found = folders(self.run / "checkpoints")                               # a shared file system may be away for a moment
+            if not found or found[0].name in (self.policy.version, self.passed_over):
+                self.problem = self.refusal(found[0], self.policy) if found and self.passed_over == found[0].name else ""
+                return False
             policy = load(self.run, self.mode, 0, self.overrides)                   # an older one where the newest is damaged
         except Exception as error:                                                  # noqa: BLE001 - said; what acts goes on, and the next look may find another
             self.problem = f"{type(error).__name__}: {error}"
             return False
         self.passed_over = "" if order(policy.version) >= order(found[0].name) else found[0].name
-        self.problem = f"{found[0]} cannot be used, {policy.version} acts" if self.passed_over else ""
+        self.problem = self.refusal(found[0], policy) if self.passed_over else ""
         if policy.version == self.policy.version:
             return False
         policy.planner.warm, policy.planner.rng = self.policy.planner.warm, self.policy.planner.rng
         self.policy = policy
         return True
+
+    def refusal(self, damaged: Path, policy: RunPolicy) -> str:
+        return f"{damaged} cannot be used, {policy.version} acts"
 
     def describe(self) -> dict[str, Any]:
         cfg, p = self.policy.cfg, self.policy
