@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modip_ray.baselines.dppo_policy import TunedPolicy
 from modip_ray.baselines.dsrl import SteeredPolicy
 from modip_ray.baselines.tdmpc2 import LatentPolicy
 from modip_ray.config import Config
@@ -75,8 +76,8 @@ def export_run(run: Path, to: Format, out: Path | None = None, mode: PolicyMode 
 
     mode  : "policy", or "bc", as it was before fine-tuning
     steps : of denoising, which the file has unrolled; default: the run's policy.sampling_steps
-    Raises ExportError where the file differs by more than TOLERANCE (it stays, to be looked at), a package is missing, or the policy is one of
-    latents; the run's own errors.
+    Raises ExportError where the file differs by more than TOLERANCE (it stays, to be looked at), cannot be read back (none stays; a file that was there
+    before does), a package is missing, or the policy is one of latents; the run's own errors.
     """
     need_packages(to)
     saved = agent_of_run(run, {"policy.sampling_steps": steps} if steps is not None else {})
@@ -84,6 +85,8 @@ def export_run(run: Path, to: Format, out: Path | None = None, mode: PolicyMode 
         raise ExportError(f"{run}: only the policies of method modip, and BC ones, can be exported; this run's method is {saved.cfg.method}")
     saved.act_as(mode)
     agent = saved.agent.frozen_copy().cpu()
+    if isinstance(agent.policy, TunedPolicy):                                       # of method dppo, whose mode is bc here: the plain policy that it began as
+        agent.policy = agent.policy.bc
     if isinstance(agent.policy, LatentPolicy):
         raise ExportError(f"{run}: its policy (policy.kind: {saved.cfg.policy.kind}) takes the world model's latents, and a file holds policies of "
                           "observations only; act with it by 'modip serve' or modip_ray.load")
@@ -96,14 +99,25 @@ def export_run(run: Path, to: Format, out: Path | None = None, mode: PolicyMode 
     path = out or run / "export" / f"{saved.cfg.task.name}-{mode}{SUFFIXES[to]}"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial_{path.stem}{SUFFIXES[to]}")
-    write(policy, to, partial, metadata)
-    os.replace(partial, path)
     sample = observations[np.linspace(0, len(observations) - 1, min(CHECKED, len(observations))).round().astype(int)]
-    found = difference(policy, load_exported(path, to), sample)
+    try:
+        write(policy, to, partial, metadata)
+        try:
+            found = difference(policy, load_exported(partial, to), sample)
+        except Exception as error:
+            raise ExportError(f"{path}: was not written: what was written for it cannot be read back and run ({type(error).__name__}: "
+                              f"{first_line(error)}); try another --to, and report the run's config.yaml and `pip list`") from error
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     if not found <= TOLERANCE:
         raise ExportError(f"{path}: its actions differ from PyTorch's by up to {found:.3g} over {len(sample):,} observations of the run's data, allowed is "
                           f"{TOLERANCE:g}; do not use this file, and report the run's config.yaml and `pip list`")
     return Exported(path, metadata, len(sample), found)
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def need_packages(to: Format) -> None:
@@ -198,7 +212,11 @@ def load_safetensors(path: str | Path) -> tuple[RawPolicy, dict[str, Any]]:
         raise ExportError(f"{path}: is not a file of 'modip export --to safetensors' ({type(error).__name__}: {error})") from error
     n = {"kind": "diffusion", **metadata["network"]}
     policy = RawPolicy(Normalizer(n["obs_dim"], n["action_dim"], metadata["observation"]["clip"]), policy_of(**n), metadata["denoising_steps"])
-    policy.load_state_dict(weights)
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ExportError(f"{path}: its weights are not those of the network that it describes ({'; '.join(map(str.strip, str(error).splitlines()))[:300]}); "
+                          "export the run again") from error
     return policy.eval(), metadata
 
 

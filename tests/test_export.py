@@ -123,6 +123,25 @@ def test_a_file_that_differs_is_refused_and_kept(tmp_path, finished_run, monkeyp
         assert end.value.code == 2 and out.is_file() and "differ from PyTorch's" in said and len(said.splitlines()) == 1
 
 
+def test_a_file_that_cannot_be_read_back_does_not_stay(tmp_path, finished_run, monkeypatch):
+    out, folder = tmp_path / "out" / "policy.safetensors", tmp_path / "out"
+    folder.mkdir()
+    real, good = export.write, raw_policy()
+    monkeypatch.setattr(export, "write", lambda policy, to, path, metadata: real(good, to, path, metadata))      # weights of another network
+    with pytest.raises(ExportError, match=r"policy.safetensors: was not written: .*its weights are not those of the network that it describes"):
+        export_run(finished_run, "safetensors", out)
+    assert not list(folder.iterdir())
+    out.write_bytes(b"an older one")
+
+    def half(policy, to, path, metadata):
+        path.write_bytes(b"half a file")
+        raise OSError("no space left on device")
+    monkeypatch.setattr(export, "write", half)
+    with pytest.raises(OSError, match="no space left"):
+        export_run(finished_run, "safetensors", out)
+    assert [*folder.iterdir()] == [out] and out.read_bytes() == b"an older one"
+
+
 def test_mistakes_are_told_in_one_line(tmp_path, finished_run, monkeypatch):
     with pytest.raises(ValueError, match="policy.sampling_steps: got 6, must not exceed"):
         export_run(finished_run, "safetensors", tmp_path / "x", steps=6)

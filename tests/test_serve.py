@@ -1,5 +1,6 @@
 """`modip serve`: one real server for all tests over HTTP, ended by Ctrl-C in the last one; the engine and the checks as plain objects."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from modip_ray.bench import serve as bench_serve
 from modip_ray.learning.checkpoint import folders
 from modip_ray.policy import load
 from modip_ray.serve import engine as engine_module
+from modip_ray.serve.app import Server
 from modip_ray.serve.bad_requests import generate, send
 from modip_ray.serve.client import PolicyClient, RefusedError
 from modip_ray.serve.engine import Engine
@@ -107,6 +109,8 @@ def test_a_thousand_bad_requests_are_refused_and_the_server_lives(server):
             PolicyClient(server.url, as_json=True).act(ROWS[0, :3])
         with pytest.raises(RefusedError, match="413: .*got 600 rows"):
             client.act(np.zeros((600, 4)))
+        with pytest.raises(ValueError, match=r"^obs: got shape \(4, 5\), expected \(4,\) or \(rows, 4\); send one"):
+            client.act(ROWS.T)
         assert client.act(ROWS).shape == (5, 2, 2)
 
 
@@ -136,6 +140,20 @@ def test_a_newer_checkpoint_acts(server):
             time.sleep(0.05)
 
 
+def test_bytes_of_another_shape_are_not_sent_as_other_rows(monkeypatch):
+    sent = []
+
+    def request(self, method, path, body=None, content_type=None):
+        sent.append(method)
+        return (b'{"obs_dim": 4}', {}) if method == "GET" else (body, {"x-version": "v", "x-shape": f"{len(body) // 16},2,2"})
+    monkeypatch.setattr(PolicyClient, "request", request)
+    client = PolicyClient("http://localhost:1")
+    for wrong in (ROWS.T, ROWS.ravel(), ROWS[None], ROWS[0, 0], ROWS[:, :2], np.zeros(0)):
+        with pytest.raises(ValueError, match=r"expected \(4,\) or \(rows, 4\)"):
+            client.act(wrong)
+    assert client.act(ROWS).shape == (5, 2, 2) and client.act(ROWS[0]).shape == (2, 2) and sent == ["GET", "POST", "POST"]
+
+
 def test_each_query_of_a_batch_gets_its_own_rows(finished_run):
     asked = queries(1, 3, 2)
     alone = load(finished_run).chunks(np.concatenate([q.obs for q in asked]), range(6), np.ones(6, bool))
@@ -146,11 +164,18 @@ def test_each_query_of_a_batch_gets_its_own_rows(finished_run):
     assert Engine(finished_run, "bc").limits.modes == ("bc",)
 
 
-def test_named_clients_plan_from_their_last_plans(finished_run, monkeypatch):
+@pytest.fixture
+def planned(finished_run, monkeypatch):
+    """An engine, and which rows of its plans began warm."""
     engine, begins = Engine(finished_run, "mpc"), []
     plan = engine.policy.planner.search.__call__
     monkeypatch.setattr(engine.policy.planner, "find", lambda s, noise, warm, has_warm, limits: begins.append(has_warm.tolist()) or
                         plan(s, noise, warm, has_warm, limits))
+    return engine, begins
+
+
+def test_named_clients_plan_from_their_last_plans(planned, monkeypatch):
+    engine, begins = planned
     asked = queries(2, 1, 1, mode="mpc", clients=("a", None, "b"))
     engine(asked)
     engine(asked)
@@ -161,6 +186,23 @@ def test_named_clients_plan_from_their_last_plans(finished_run, monkeypatch):
     assert list(engine.clients) == ["c"] and engine.kept == 1 and ("a", 0) not in engine.policy.planner.warm.rows
     engine(asked[2:])
     assert begins[-1] == [False]
+
+
+def test_a_plan_after_a_request_of_another_mode_starts_cold(planned):
+    """Whether that one said that an episode has begun, or came later in the same one: the last plan is not of this moment."""
+    engine, begins = planned
+    for reset in (True, False):
+        begins.clear()
+        (plan,), (act,) = queries(2, mode="mpc", clients=("a",)), queries(1, clients=("a",))
+        first, other = Query(plan.obs, np.ones(2, bool), "a", "mpc"), queries(1, mode="mpc", clients=("b",))
+        for batch in ([first], [plan], [Query(act.obs, np.full(1, reset), "a", "policy"), *other], [plan], [plan]):
+            engine(batch)
+        assert begins[:2] == [[False] * 2, [True] * 2] and begins[3:] == [[False] * 2, [True] * 2]
+    begins.clear()
+    for batch in ([plan, act], [Query(plan.obs[:1], np.zeros(1, bool), "a", "mpc")], [plan], [act, plan], [plan]):
+        engine(batch)
+    assert begins == [[True] * 2, [False], [True, False], [False] * 2, [True] * 2], "also within a batch, and for each row"
+    assert not engine.outdated
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(finished_run, tmp_path, capfd):
@@ -174,6 +216,40 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(finished_run, tmp_path, c
     assert capfd.readouterr().err.count("damaged checkpoint passed over") == 1
     shutil.copytree(sound, sound.with_name("step_000000999_u0000999"))
     assert engine.follow() and engine.describe()["version"] == "step_000000999_u0000999" and engine.describe()["problem"] is None
+
+
+def test_a_folder_that_is_away_for_a_moment_does_not_end_the_following(finished_run, tmp_path, monkeypatch):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    engine, real = Engine(run, "policy"), folders
+    sound = real(run / "checkpoints")[0]
+    away = True
+
+    def listed(root):
+        if away:
+            raise OSError(116, "Stale file handle")
+        return real(root)
+    monkeypatch.setattr(engine_module, "folders", listed)
+    server = object.__new__(Server)
+    server.engine, looks = engine, []
+    monkeypatch.setattr(engine, "follow", lambda follow=engine.follow: looks.append((follow(), engine.describe()["problem"])))
+
+    async def follow():
+        nonlocal away
+        following = asyncio.create_task(server.follow(0.01))
+        for later in ("", "step_000000999_u0000999"):
+            away = True
+            while looks[-1:] != [(False, "OSError: [Errno 116] Stale file handle")]:
+                await asyncio.sleep(0.01)
+                assert not following.done()
+            if later:
+                shutil.copytree(sound, sound.with_name(later))
+            away = False
+            while looks[-1][1] is not None:
+                await asyncio.sleep(0.01)
+                assert not following.done()
+        following.cancel()
+    asyncio.run(asyncio.wait_for(follow(), 60))
+    assert engine.describe()["version"] == "step_000000999_u0000999" and [found for found, _ in looks].count(True) == 1
 
 
 def test_what_cannot_be_served_is_said_in_one_line(server, tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from modip_ray.actors.evaluators import AT_ONCE_S, Evaluators
 from modip_ray.actors.learner import LearnerActor, LearnerReport
 from modip_ray.actors.placement import PROBE, options
 from modip_ray.actors.planner import PlannerActor
-from modip_ray.actors.pool import RolloutPool
+from modip_ray.actors.pool import GONE, RolloutPool
 from modip_ray.actors.replay import ReplayActor
 from modip_ray.actors.supervisor import Supervisor
 from modip_ray.actors.weights import WeightStore
@@ -38,6 +38,11 @@ SLICE_S = 1.0                       # one call of a worker or learner
 
 def numbered(name: str, i: int, n: int) -> str:
     return name if n == 1 else f"{name} {i}"
+
+
+def began_anew(before: Snapshot, now: Snapshot) -> bool:
+    """Whether `now` is of another process than `before`: one that goes on never counts less of anything."""
+    return any(now["counts"].get(name, 0) < count for name, count in before["counts"].items())
 
 
 class RaySystem:
@@ -174,7 +179,7 @@ class RaySystem:
             del self.working[ref]
         for report in reports:
             self.counts[report.stream] = report.count
-            self.snapshots.setdefault("learner", {})[report.stream] = report.timing
+            self.remember("learner", {report.stream: report.timing})
             self.supervisor.incidents += report.incidents
         if self.supervisor.away:                                                    # it may be one of them, or one that they wait for
             self.working = {ref: (stream, time.monotonic()) for ref, (stream, _) in self.working.items()}
@@ -273,28 +278,39 @@ class RaySystem:
                         "planner/seconds_behind": age_s if any(behind) else 0.0}
 
     def planner_statuses(self) -> list[dict[str, Any]]:
-        """Of those planners that answer at once: one that starts, or that Ray restarts, is left out."""
+        """Of those planners that answer at once, with the number of each as "replica": one that starts, or that Ray restarts, is left out."""
         found = []
-        ready, _ = ray.wait([p.status.remote() for p in self.planners], num_returns=len(self.planners), timeout=AT_ONCE_S) if self.planners else ([], [])
+        asked = {p.status.remote(): i for i, p in enumerate(self.planners)}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=AT_ONCE_S) if asked else ([], [])
         for ref in ready:
             try:
-                found.append(ray.get(ref))
+                found.append(ray.get(ref) | {"replica": asked[ref]})
             except RayActorError:
                 continue
         return found
 
     def timings(self) -> dict[str, tuple[Snapshot, int]]:
         self.remember_timings()
-        found = {role: (merge_snapshots(parts.values()), len(parts)) for role, parts in self.snapshots.items() if parts}
+        found = {role: (merge_snapshots(parts.values()), len(parts.keys() - {GONE})) for role, parts in self.snapshots.items() if parts}
         return {"driver": (self.timer.snapshot(), 1), **found}
 
     def remember_timings(self) -> None:
         """Newest snapshots by role; actors that are gone keep their last one. An evaluator that is at work is not waited for."""
-        self.snapshots["replay"] = dict(enumerate(self.replay_status()["timings"]))
-        self.snapshots.setdefault("planner", {}).update(enumerate(p["timing"] for p in self.planner_statuses()))
+        self.remember("replay", dict(enumerate(self.replay_status()["timings"])))
+        self.remember("planner", {p["replica"]: p["timing"] for p in self.planner_statuses()})
         if self.pool is not None:
             self.snapshots["rollout"] = dict(self.pool.snapshots)
         self.snapshots["evaluator"] = self.evaluators.timings()
+
+    def remember(self, role: str, found: Mapping[Any, Snapshot]) -> None:
+        """Newest snapshots of some of a role's actors. The last one of an actor that began anew is added to those of all that are gone: the role's sum, which
+        is what the report sees, falls only where the driver itself is another one.
+        """
+        parts = self.snapshots.setdefault(role, {})
+        for actor, snapshot in found.items():
+            if actor in parts and began_anew(parts[actor], snapshot):
+                parts[GONE] = merge_snapshots([parts.get(GONE, Timer().snapshot()), parts[actor]])
+            parts[actor] = snapshot
 
     def processes(self) -> dict[str, list[int]]:
         """Process ids by role: "driver", "store", "replay", "learner_model", "learner_policy", "planner", "evaluator", "rollout"."""

@@ -38,6 +38,7 @@ class PolicyClient:
         self.line = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
         self.fields = {k: v for k, v in {"client": client, "mode": mode}.items() if v is not None}
         self.as_json, self.version = as_json, ""
+        self.obs_dim = 0                                                            # 0: not asked yet
 
     def info(self) -> dict[str, Any]:
         """Run, mode, checkpoint, sizes, and what was served."""
@@ -46,17 +47,24 @@ class PolicyClient:
     def act(self, obs: np.ndarray, reset: bool | np.ndarray = False) -> np.ndarray:
         """obs (Do,) or (B, Do) raw -> actions (c, Da) or (B, c, Da) to be executed now; `version` then names the checkpoint that acted.
 
-        reset: whether an episode has just begun, for all rows or (B,). RefusedError (a ValueError) where the server refuses it.
+        reset: whether an episode has just begun, for all rows or (B,). RefusedError (a ValueError) where the server refuses it, ValueError on another shape.
         """
         obs = np.asarray(obs)
         if self.as_json:
             return self.act_json(obs, reset)
+        self.check(obs)
         digits = "".join("01"[bool(r)] for r in np.atleast_1d(reset))
         fields = {**self.fields, **({"reset": digits} if "1" in digits else {})}
         body, headers = self.request("POST", "/act" + ("?" + urlencode(fields) if fields else ""), obs.astype("<f4").tobytes(), RAW)
         self.version = headers["x-version"]
         actions = np.frombuffer(body, "<f4").reshape([int(n) for n in headers["x-shape"].split(",")])
         return actions[0] if obs.ndim == 1 else actions
+
+    def check(self, obs: np.ndarray) -> None:
+        """ValueError for a shape that the server, who gets bytes alone, would take for other rows. It is asked once for the size of an observation."""
+        self.obs_dim = self.obs_dim or self.info()["obs_dim"]
+        if obs.ndim not in (1, 2) or obs.shape[-1] != self.obs_dim:
+            raise ValueError(f"obs: got shape {obs.shape}, expected ({self.obs_dim},) or (rows, {self.obs_dim}); send one observation, or one in each row")
 
     def act_json(self, obs: np.ndarray, reset: bool | np.ndarray) -> np.ndarray:
         tree = {"observation": obs.tolist(), "reset": np.asarray(reset, bool).tolist(), **self.fields}

@@ -9,10 +9,12 @@ import pytest
 
 from modip_ray.actors import evaluators as evaluators_module
 from modip_ray.actors import pool as pool_module
+from modip_ray.actors import system as system_module
 from modip_ray.actors.evaluators import Evaluators
 from modip_ray.actors.planner import PlannerActor, plan_server
-from modip_ray.actors.pool import RolloutPool, Slot
+from modip_ray.actors.pool import GONE, RolloutPool, Slot
 from modip_ray.actors.rollout import RolloutWorker
+from modip_ray.actors.system import RaySystem
 from modip_ray.timing import Timer
 from tests.fakes import small
 
@@ -66,6 +68,49 @@ def test_first_weights_that_do_not_come_are_an_error_of_every_query():
         query = SimpleNamespace(worker=0, incarnation="a", obs=np.zeros((2, 4)))
         return await asyncio.gather(planner.plan(query), planner.plan(query), return_exceptions=True)
     assert [type(found) for found in asyncio.run(ask())] == [ConnectionError] * 2 and got == []
+
+
+def times(**counts) -> dict:
+    return {"seconds": {name: 0.5 * n for name, n in counts.items()}, "counts": counts}
+
+
+@pytest.fixture
+def system(monkeypatch):
+    """A system of two planners, a replay and two learners; tests set the planners' times, None where one does not answer, in `system.said`."""
+    found = object.__new__(RaySystem)
+    found.said, found.snapshots, found.timer, found.pool = {0: times(), 1: times()}, {}, Timer(), None
+    found.planners = [SimpleNamespace(status=SimpleNamespace(remote=lambda i=i: i)) for i in found.said]
+    found.replay_status = lambda: {"timings": [times(sample=3)]}
+    found.evaluators = SimpleNamespace(timings=dict)
+    monkeypatch.setattr(system_module.ray, "wait", lambda refs, num_returns, timeout: ([r for r in refs if found.said[r] is not None], []))
+    monkeypatch.setattr(system_module.ray, "get", lambda ref: {"timing": found.said[ref]})
+    return found
+
+
+def test_times_of_a_planner_that_does_not_answer_are_not_replaced_by_anothers(system):
+    system.said = {0: times(plan=10), 1: times(plan=4)}
+    assert system.timings()["planner"] == (times(plan=14), 2)
+    system.said = {0: None, 1: times(plan=5)}
+    assert system.timings()["planner"] == (times(plan=15), 2)
+
+
+def test_the_sums_of_a_role_do_not_fall_where_one_of_its_processes_begins_anew(system):
+    for said, total in (((10, 4), 14), ((2, 5), 17), ((3, 6), 19), ((1, 0), 20), ((1, 1), 21)):
+        system.said = {i: times(plan=n) for i, n in enumerate(said)}
+        assert system.timings()["planner"] == (times(plan=total), 2), said
+    system.said = {0: times(plan=1, load=1), 1: times(load=20)}                         # more in all, and yet another process
+    assert system.timings()["planner"] == (times(plan=21, load=21), 2)
+    for stream, n, total in (("model", 7, 7), ("policy", 3, 10), ("model", 2, 12), ("policy", 4, 13)):
+        system.remember("learner", {stream: times(update=n)})
+        assert system.timings()["learner"][0] == times(update=total)
+    assert system.timings()["learner"][1] == 2 and system.timings()["replay"] == (times(sample=3), 1)
+
+
+def test_lost_rollout_workers_are_no_process(system):
+    pool = object.__new__(RolloutPool)
+    pool.snapshots = {"a": times(step=5), GONE: times(step=7)}
+    system.pool = pool
+    assert system.timings()["rollout"] == (times(step=12), 1)
 
 
 def test_a_planner_that_begins_anew_draws_other_noise():

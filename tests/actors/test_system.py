@@ -199,7 +199,7 @@ def test_every_role_reports_its_time(run):
     timings = run["timings"]
     assert {"driver", "planner", "learner", "replay", "rollout"} <= set(timings)
     assert timings["learner"][1] == 2 and "update/model" in timings["learner"][0]["seconds"] and "update/policy" in timings["learner"][0]["seconds"]
-    assert "wait/planner" in timings["rollout"][0]["seconds"]
+    assert "wait/planner" in timings["rollout"][0]["seconds"] and timings["rollout"][1] == run["gauges"]["rollout/workers"], "the killed one is no process"
 
 
 def test_evaluators_return_all_jobs_and_diagnostics(run):
