@@ -97,6 +97,7 @@ class Evaluators:
     def timings(self) -> dict[int, Snapshot]:
         """By evaluator; one that is at work, or not there yet, is not waited for."""
         if self.asked is None:
-            ready, _ = ray.wait([actor.timing.remote() for actor in self.actors], num_returns=len(self.actors), timeout=AT_ONCE_S)
-            self.last_timings |= dict(enumerate(self.call(ready, "an evaluator")))
+            asked = {actor.timing.remote(): i for i, actor in enumerate(self.actors)}
+            ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=AT_ONCE_S)
+            self.last_timings |= dict(zip((asked[ref] for ref in ready), self.call(ready, "an evaluator"), strict=True))
         return self.last_timings

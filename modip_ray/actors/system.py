@@ -300,7 +300,7 @@ class RaySystem:
         self.remember("planner", {p["replica"]: p["timing"] for p in self.planner_statuses()})
         if self.pool is not None:
             self.snapshots["rollout"] = dict(self.pool.snapshots)
-        self.snapshots["evaluator"] = self.evaluators.timings()
+        self.remember("evaluator", self.evaluators.timings())
 
     def remember(self, role: str, found: Mapping[Any, Snapshot]) -> None:
         """Newest snapshots of some of a role's actors. The last one of an actor that began anew is added to those of all that are gone: the role's sum, which
