@@ -13,7 +13,7 @@ from modip_ray.report.scores import number
 from modip_ray.study.table import paired_cell, score_cell
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN_STUDY = ROOT / "results" / "studies" / "main.json"
+MAIN_STUDY, RIVALS = (ROOT / "results" / "studies" / f"{name}.json" for name in ("main", "rivals"))
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -53,17 +53,32 @@ def study_lines(path: Path) -> list[str]:
     return [*lines, ""]
 
 
+def rivals_lines(path: Path) -> list[str]:
+    """What each method came to on each task: its planner, or its policy where it has none. A method of one task's settings has no other."""
+    study = json.loads(path.read_text())
+    tasks, methods = list(study["study"]["tasks"]), {name: found for name, found in study["methods"].items() if found}
+    steps = min(found[task]["env_steps"] for found in methods.values() for task in found)
+    lines = [f"[Rivals](docs/method.md#rivals-so-far) on the same actors, replay and evaluation, {steps:,} online steps: the planner's score, or the policy's of "
+             "a method without one (training seeds). BC: of MODIP's start.", "", f"| method | {' | '.join(tasks)} |", "|---|" + "---|" * len(tasks)]
+    rows = {"BC": {task: entry["bc"] for task, entry in next(iter(methods.values())).items()},
+            **{name: {task: entry.get("mpc", entry["policy"]) for task, entry in found.items()} for name, found in methods.items()}}
+    for name, found in rows.items():
+        cells = [f"{number(found[task]['mean'])} ({found[task]['seeds']})" if task in found else "" for task in tasks]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def block() -> str:
     paired = sorted((ROOT / "results").glob("*paired*.json"))
     runs = [p for p in sorted((ROOT / "results").glob("*.json")) if "config_hash" in json.loads(p.read_text())]      # the rest are studies of other things
-    lines = [*study_lines(MAIN_STUDY),
+    lines = [*study_lines(MAIN_STUDY), *rivals_lines(RIVALS),
              "Single runs. Raw return, mean and 95 % interval over fixed evaluation seeds, one training seed, two CPU cores. BC is the diffusion policy before",
              "fine-tuning, DP-only the same network after it, MPC-acting the planner.", "",
              "| run | data | BC | DP-only | MPC-acting | online steps | wall time | paper, BC -> MODIP, 1e6 steps |", "|---|---|---|---|---|---|---|---|",
              *(run_row(p) for p in runs), ""]
     for p in paired:
         lines += paired_lines(p)
-    commands = [f"- {p.stem}: `{json.loads(p.read_text())['command']}`" for p in sorted([*runs, *paired, MAIN_STUDY])]
+    commands = [f"- {p.stem}: `{json.loads(p.read_text())['command']}`" for p in sorted([*runs, *paired, MAIN_STUDY, RIVALS])]
     return "\n".join([*lines, "", "Commands:", "", *commands, ""])
 
 
