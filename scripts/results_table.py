@@ -58,8 +58,8 @@ def rivals_lines(path: Path) -> list[str]:
     study = json.loads(path.read_text())
     tasks, methods = list(study["study"]["tasks"]), {name: found for name, found in study["methods"].items() if found}
     steps = min(found[task]["env_steps"] for found in methods.values() for task in found)
-    lines = [f"[Rivals](docs/method.md#rivals-so-far) on the same actors, replay and evaluation, {steps:,} online steps: the planner's score, or the policy's of "
-             "a method without one (training seeds). BC: of MODIP's start.", "", f"| method | {' | '.join(tasks)} |", "|---|" + "---|" * len(tasks)]
+    lines = [f"[Rivals](docs/method.md#rivals-so-far) on the same actors, replay and evaluation, {steps:,} online steps: the planner's score, or the policy's "
+             "of a method without one (training seeds). BC: of MODIP's start.", "", f"| method | {' | '.join(tasks)} |", "|---|" + "---|" * len(tasks)]
     rows = {"BC": {task: entry["bc"] for task, entry in next(iter(methods.values())).items()},
             **{name: {task: entry.get("mpc", entry["policy"]) for task, entry in found.items()} for name, found in methods.items()}}
     for name, found in rows.items():
