@@ -21,7 +21,7 @@ from modip_ray.learning.offline_rows import write_rows
 from modip_ray.learning.system import Setup, System
 from modip_ray.progress import ProgressLine
 from modip_ray.report.scores import final_table, method_of
-from modip_ray.runfolder import RoleLost, RunFolder, command_line, disk_errors, git_commit, machine, versions
+from modip_ray.runfolder import RoleLost, RunFolder, command_line, disk_errors, machine, versions
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
 from modip_ray.start import adopt, flat
 from modip_ray.tasks.envs import EnvFactory
@@ -175,7 +175,7 @@ def evaluate(session: Session, system: System) -> dict:
             "run_dir": cfg.run_dir or str(session.folder.path), "command": command_line(), "scores": scores,
             "env_steps": report.env_steps, "updates": report.updates,
             "wall_s": round(session.log.wall_s, 2), "phase_s": session.timed.count(), "versions": versions(),
-            "git": git_commit(), "machine": machine(), "config_hash": cfg.hash()}
+            "git": session.git, "machine": machine(), "config_hash": cfg.hash()}
 
 
 def periodic_jobs(cfg: Config) -> list[Job]:

@@ -21,7 +21,7 @@ from modip_ray.learning.system import Report, Status, System, means
 from modip_ray.report.metrics import MetricsLog
 from modip_ray.report.progress import Progress
 from modip_ray.report.scores import number
-from modip_ray.runfolder import RunError, RunFolder, command_line, rss_mb
+from modip_ray.runfolder import RunError, RunFolder, command_line, git_commit, rss_mb
 from modip_ray.tasks.scores import score_summary
 
 PERIODIC = "eval on the way"        # phase, in one process: training waits meanwhile
@@ -130,6 +130,7 @@ class PhaseClock:
 class Session:
     def __init__(self, cfg: Config, folder: RunFolder, stop: StopSignals):
         self.cfg, self.folder, self.stop = cfg, folder, stop
+        self.git = git_commit()                                                     # of the code that runs: the checkout may go on meanwhile
         saved = folder.checkpoint.counters if folder.checkpoint is not None else {}
         self.phase: str = saved.get("phase", "data")
         self.timed = PhaseClock(saved.get("phase_s", {}))
