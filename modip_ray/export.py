@@ -27,6 +27,7 @@ from modip_ray.learning.offline_rows import mapped
 from modip_ray.model.agent import Normalizer
 from modip_ray.model.diffusion import DiffusionPolicy
 from modip_ray.model.gaussian import GaussianPolicy, policy_of
+from modip_ray.oneline import first_line
 from modip_ray.policy import SavedAgent, agent_of_run
 from modip_ray.runfolder import RunError, git_commit, read_summary, saved_config, versions
 from modip_ray.tasks.dataset import DataError
@@ -114,10 +115,6 @@ def export_run(run: Path, to: Format, out: Path | None = None, mode: PolicyMode 
         raise ExportError(f"{path}: its actions differ from PyTorch's by up to {found:.3g} over {len(sample):,} observations of the run's data, allowed is "
                           f"{TOLERANCE:g}; do not use this file, and report the run's config.yaml and `pip list`")
     return Exported(path, metadata, len(sample), found)
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
 
 
 def need_packages(to: Format) -> None:

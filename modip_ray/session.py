@@ -135,7 +135,7 @@ class Session:
         self.phase: str = saved.get("phase", "data")
         self.timed = PhaseClock(saved.get("phase_s", {}))
         self.next_eval: int = saved.get("next_eval", 0)
-        self.unreported: list[int] = []                                             # when evaluations were due that are under way: a resumed run repeats them
+        self.unreported: int | None = None                                          # when the one was due that is under way: a resumed run repeats it
         self.status = Status(saved.get("env_steps", 0), saved.get("updates", 0), saved.get("policy_updates", 0), False)
         earlier = (folder.path / "metrics.jsonl").exists()
         resumed_at = self.position() if earlier else None
@@ -146,8 +146,6 @@ class Session:
         self.data_score: dict = {}
         self.pending: list[Status] = []
         self.logged_at = self.saved_at = time.monotonic()
-
-    # ---- phases ------------------------------------------------------------------------------------------------------------------------------
 
     def tick(self, status: Status, done: int, **extras: float | str) -> None:
         """After each piece of work: show, log, save, and stop if asked to."""
@@ -206,12 +204,13 @@ class Session:
         with self.stop.at_once(), self.timed(PERIODIC) if self.cfg.one_process else nullcontext():
             begun = self.system.request_evaluation(jobs)
         if jobs and begun:                                                          # of no jobs there will be no score
-            self.unreported = [self.next_eval]                                      # one at a time; that before, if any, was given up
+            self.unreported = self.next_eval                                        # one at a time; that before, if any, was given up
             if self.cfg.log.keep_best:
                 self.candidate = stage_best(self.save())
         return begun
 
     candidate: Path | None = None
+
     def schedule_evaluation(self) -> None:
         """When the next one is due, by the step that the run is at; one that is overdue stays so. The settings may have changed since a checkpoint."""
         every = self.cfg.eval.every_steps
@@ -228,7 +227,7 @@ class Session:
         """Rows of finished evaluations: scores, diagnostics, timings."""
         for report in reports:
             if report.outcomes:
-                self.unreported = []
+                self.unreported = None
             at = {"env_steps": report.env_steps, "updates": report.updates}
             for fault in (fault for outcome in report.outcomes for fault in outcome.faults):
                 self.incident(f"evaluation: {fault}; the episode was begun anew in a new environment")
@@ -257,7 +256,7 @@ class Session:
         folder = begin(self.folder.checkpoints)
         try:
             counters = {"phase": self.phase, **self.system.save(folder), "phase_s": self.timed.count(),
-                        "next_eval": self.unreported[0] if self.unreported else self.next_eval}
+                        "next_eval": self.next_eval if self.unreported is None else self.unreported}
             final = commit(folder, counters, self.cfg.log.keep_checkpoints)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)                               # a full disk gets its room back

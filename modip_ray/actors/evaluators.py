@@ -29,9 +29,13 @@ class Evaluators:
         self.actors: list[Any] = []
         self.more(options(cfg, "evaluator"))
         self.asked: ray.ObjectRef | None = None
-        self.asked_at = 0.0
+        self.give_up_at = 0.0                                                       # when what was asked for has taken too long
         self.finished: list[Report] = []
         self.last_timings: dict[int, Snapshot] = {}
+
+    @property
+    def patience_s(self) -> float:
+        return PATIENCE * self.cfg.resources.call_timeout_s
 
     def more(self, resources: dict[str, Any]) -> None:
         actor = EvaluatorActor.options(**resources).remote(*self.arguments)
@@ -42,7 +46,7 @@ class Evaluators:
         """Evaluate the weights of now beside the training; False while the last request is not finished and reported."""
         if self.busy():
             return False
-        self.asked, self.asked_at = self.actors[0].measure.remote(list(jobs)), time.monotonic()
+        self.asked, self.give_up_at = self.actors[0].measure.remote(list(jobs)), time.monotonic() + self.patience_s
         return True
 
     def busy(self) -> bool:
@@ -60,15 +64,15 @@ class Evaluators:
         """One that takes too long, as an environment hangs, is given up: its process is killed, and the next evaluation finds another."""
         if self.asked is None:
             return
-        ready, limit = self.supervisor.wait([self.asked], wait_s), PATIENCE * self.cfg.resources.call_timeout_s
+        ready = self.supervisor.wait([self.asked], wait_s)
         if ready:
             self.finished += self.call(ready, "the evaluator")
             self.asked = None
-        elif time.monotonic() - self.asked_at > limit:
+        elif time.monotonic() > self.give_up_at:
             ray.kill(self.actors[0], no_restart=False)
             self.asked = None
-            self.supervisor.incidents.append(f"an evaluation on the way was given up after {limit:g} s ({PATIENCE} x resources.call_timeout_s): does an "
-                                             "environment hang?")
+            self.supervisor.incidents.append(f"an evaluation on the way was given up after {self.patience_s:g} s ({PATIENCE} x resources.call_timeout_s): does "
+                                             "an environment hang?")
 
     def run_all(self, jobs: Sequence[Job], cpus: int, progress: Callable[[Outcome], None]) -> tuple[list[Outcome], dict[str, Any]]:
         """Every job by whichever evaluator is free, and the diagnostics. More evaluators start where there is room; those that find none do no harm."""
@@ -77,7 +81,7 @@ class Evaluators:
         joining = {actor.ready.remote(): actor for actor in self.actors}
         waiting, free, running, outcomes = list(jobs), [], {}, []
         while waiting or running:
-            ready = self.supervisor.wait([*joining, *running], PATIENCE * self.cfg.resources.call_timeout_s, patient=True)
+            ready = self.supervisor.wait([*joining, *running], self.patience_s, patient=True)
             if not ready:
                 raise RunError(f"no evaluator answered within {PATIENCE} x resources.call_timeout_s; the same command evaluates again")
             for ref in ready:
@@ -90,7 +94,7 @@ class Evaluators:
             while waiting and free:
                 actor = free.pop(0)
                 running[actor.run.remote(waiting.pop(0))] = actor
-        self.collect(max(0.0, self.asked_at + PATIENCE * self.cfg.resources.call_timeout_s - time.monotonic()))
+        self.collect(max(0.0, self.give_up_at - time.monotonic()))
         (diagnosed,) = self.call([free[0].measure.remote([])], "an evaluator")
         return outcomes, diagnosed.diagnostics
 

@@ -29,8 +29,13 @@ HOPELESS = 8                        # deaths of one slot's workers in a row, eac
 QUIET_DEATHS = 2                    # of workers before they are ready: Ray first puts a new one on the node that it does not know to be dead yet
 BACK_OFF_S = 30.0                   # longest pause before a slot whose workers die at once is filled again
 LOOK_S = 5.0                        # between looks at a worker that has not said hello
-GONE = "gone"                       # times of all workers that were lost
+GONE = "gone"                       # among the snapshots of a role: times of all its processes that were lost
 ALONE_S = 60.0                      # without any worker for so long: say so
+
+
+def put_by(snapshots: dict[Any, Snapshot], gone: Snapshot) -> None:
+    """Add the times of a process that is gone to those of all that are."""
+    snapshots[GONE] = merge_snapshots([snapshots.get(GONE, Timer().snapshot()), gone])
 
 
 class Slot:
@@ -190,7 +195,7 @@ class RolloutPool:
         if ready:                                                                   # should it come to itself before, what it sends is refused
             self.retiring += [ray.get_actor(name).retire.remote(slot.member.incarnation) for name in self.replays]
         if ready and slot.member.incarnation in self.snapshots:
-            self.snapshots[GONE] = merge_snapshots([self.snapshots.get(GONE, Timer().snapshot()), self.snapshots.pop(slot.member.incarnation)])
+            put_by(self.snapshots, self.snapshots.pop(slot.member.incarnation))
         slot.actor = slot.hello = slot.member = slot.heart = slot.pulse = None
         slot.calls, slot.deaths, self.lost = {}, slot.deaths + 1, self.lost + ready
         slot.fill_at = time.monotonic() + (min(BACK_OFF_S, 2.0 ** min(slot.deaths - 2, 9)) if slot.deaths > 1 else 0.0)

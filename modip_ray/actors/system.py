@@ -19,7 +19,7 @@ from modip_ray.actors.evaluators import AT_ONCE_S, Evaluators
 from modip_ray.actors.learner import LearnerActor, LearnerReport
 from modip_ray.actors.placement import PROBE, options
 from modip_ray.actors.planner import PlannerActor
-from modip_ray.actors.pool import GONE, RolloutPool
+from modip_ray.actors.pool import GONE, RolloutPool, put_by
 from modip_ray.actors.replay import ReplayActor
 from modip_ray.actors.supervisor import Supervisor
 from modip_ray.actors.weights import WeightStore
@@ -309,7 +309,7 @@ class RaySystem:
         parts = self.snapshots.setdefault(role, {})
         for actor, snapshot in found.items():
             if actor in parts and began_anew(parts[actor], snapshot):
-                parts[GONE] = merge_snapshots([parts.get(GONE, Timer().snapshot()), parts[actor]])
+                put_by(parts, parts[actor])
             parts[actor] = snapshot
 
     def processes(self) -> dict[str, list[int]]:

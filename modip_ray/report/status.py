@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modip_ray.report.metrics import by_process
 from modip_ray.report.rundata import RunData, role_times
 from modip_ray.report.scores import duration, metric_of, number, score_cells, scores_from_rows
 
@@ -54,7 +55,7 @@ def phase_of(run: RunData) -> str:
 
 def since_resume(rows: Sequence[Mapping]) -> list[Mapping]:
     """Rows of the newest process, its resume row included."""
-    return list(rows[max((i for i, row in enumerate(rows) if row.get("kind") == "resume"), default=0):])
+    return by_process(rows)[-1]
 
 
 def progress_of(run: RunData, phase: str, running: bool) -> Progress | None:

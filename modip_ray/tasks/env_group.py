@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from modip_ray.tasks.envs import ActionCheck, EnvError, EnvFactory, env_seed, make_env, make_envs, reset_env, run_chunk
+from modip_ray.tasks.envs import ActionCheck, EnvError, EnvFactory, env_seed, made_anew, make_env, make_envs, reset_env, run_chunk
 from modip_ray.tasks.rollout import rollout_episodes
 
 __all__ = ["EnvError", "EnvFactory", "EnvGroup", "FinishedEpisode", "StepResult", "Transitions", "make_env", "rollout_episodes"]
@@ -177,9 +176,7 @@ class EnvGroup:
 
     def _made_anew(self, i: int) -> np.ndarray:
         """A new env in place of env i, which failed; the first observation of its episode."""
-        with suppress(Exception):                   # it is broken already
-            self._envs[i].close()
-        self._envs[i] = self._factory()
+        self._envs[i] = made_anew(self._envs[i], self._factory)
         return self._next_episode(i)
 
     def _note(self, error: EnvError) -> None:

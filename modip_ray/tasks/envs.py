@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import gymnasium as gym
@@ -48,6 +49,13 @@ def make_envs(env_factory: EnvFactory, num_envs: int) -> list[gym.Env]:
             help = "wrap the environment (gymnasium.wrappers.FlattenObservation helps)" if name == "observation_space" else "policies here act in boxes only"
             raise ValueError(f"{name} must be a Box with one dimension, got {space}; {help}")
     return envs
+
+
+def made_anew(env: gym.Env, env_factory: EnvFactory) -> gym.Env:
+    """A new environment in place of one that failed."""
+    with suppress(Exception):                                                       # it is broken, and so may its end be
+        env.close()
+    return env_factory()
 
 
 def env_seed(*parts: int) -> int:

@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import numpy as np
 
-from modip_ray.tasks.envs import ActionCheck, EnvError, EnvFactory, make_envs, reset_env, run_chunk
+from modip_ray.tasks.envs import ActionCheck, EnvError, EnvFactory, made_anew, make_envs, reset_env, run_chunk
 from modip_ray.tasks.episode import Episode, first_non_finite
 
 #: act(obs (m, Do) float32, slots (m,) int, reset (m,) bool) -> action chunks (m, c, Da). Row j belongs to slot slots[j]; reset marks a slot's new episode.
@@ -65,9 +64,7 @@ class EpisodeRunner:
             if (failed := self._failed[slot] + 1) >= self._attempts:
                 raise
             self.faults.append(error)
-        with suppress(Exception):                                       # it is broken, and so may its end be
-            self._envs[slot].close()
-        self._envs[slot] = self._factory()
+        self._envs[slot] = made_anew(self._envs[slot], self._factory)
         self.start(slot, int(self._number[slot]), self._seed[slot])
         self._failed[slot] = failed
         return None

@@ -51,7 +51,7 @@ def test_a_checkpoint_says_that_an_evaluation_under_way_is_due_until_its_report_
     own.folder, own.stop = SimpleNamespace(checkpoints=tmp_path), session.StopSignals(0)
     own.system = SimpleNamespace(request_evaluation=lambda jobs: True, save=lambda folder: {}, timings=dict)
     own.log, own.progress, own.mirror = SimpleNamespace(write=lambda row: None), SimpleNamespace(scores=lambda **s: None), None
-    own.timed, own.pending, own.phase, own.unreported, own.next_eval, own.status = PhaseClock({}), [], "online", [], 100, Status(110, 0, 0, False)
+    own.timed, own.pending, own.phase, own.unreported, own.next_eval, own.status = PhaseClock({}), [], "online", None, 100, Status(110, 0, 0, False)
     assert own.request_evaluation([Job("mpc", (1,))])
     own.next_eval = 200
     own.save()
