@@ -74,8 +74,9 @@ def load_data(cfg: Config, env_factory: EnvFactory, folder: Path, progress: Prog
     kitchen = getattr(made[0], "unwrapped", made[0])
     if isinstance(kitchen, Kitchen):
         check_goal(kitchen, dataset)
-    as_paid = {"newly_done": with_newly_done, "until_success": until_success}.get(cfg.data.rewards)
-    return as_paid(dataset) if as_paid else dataset
+    if cfg.data.rewards == "newly_done":
+        return with_newly_done(dataset, len(kitchen.tasks) if isinstance(kitchen, Kitchen) else None)
+    return until_success(dataset) if cfg.data.rewards == "until_success" else dataset
 
 
 def stored_source(cfg: Config, folder: Path) -> str:
@@ -85,25 +86,45 @@ def stored_source(cfg: Config, folder: Path) -> str:
     return str(Path(cfg.data.cache).expanduser() if cfg.data.cache else folder / "data.hdf5")
 
 
-def with_newly_done(dataset: Dataset) -> Dataset:
-    """The kitchen's own rewards, in place of the counts that D4RL's kitchen files store."""
+def with_newly_done(dataset: Dataset, subtasks: int | None = None) -> Dataset:
+    """The kitchen's own rewards, in place of the counts that D4RL's kitchen files store; and its own ends, where the environment has `subtasks` of them:
+    the files mark the last row of every demonstration as terminal, whatever was done. DataError where rewards are no counts, or nothing is left.
+    """
     try:
         episodes = [replace(e, rewards=newly_done(e.rewards)) for e in dataset.episodes]
     except ValueError as error:
         raise DataError(f"{dataset.source}: data.rewards is newly_done, which is for D4RL's kitchen files: {error}") from error
-    return replace(dataset, episodes=episodes, notes=(*dataset.notes, "rewards: newly done subtasks, from the number done so far that the file stores"))
+    notes = ["rewards: newly done subtasks, from the number done so far that the file stores"]
+    if subtasks is not None:
+        done = [e for e in episodes if e.ret >= subtasks]
+        ended = [ended_at(e, e.rewards.cumsum() >= subtasks) if e.ret >= subtasks else as_cut(e) for e in episodes]
+        notes.append(f"{len(done)} of {len(episodes)} episodes end with their last subtask, as in the environment, the others are cut: "
+                     f"{sum(e.length for e in episodes) - sum(e.length for e in ended)} steps left out")
+        episodes = [e for e in ended if e.length]
+        if not episodes:
+            raise DataError(f"{dataset.source}: no episode has a step whose next observation is known; expected D4RL's kitchen data")
+    return replace(dataset, episodes=episodes, notes=(*dataset.notes, *notes))
+
+
+def as_cut(episode: Episode) -> Episode:
+    """The episode as one that did not terminate; one marked so loses its last step, if the observation behind that repeats the one before (see `read_d4rl`)."""
+    n = episode.length - int(episode.terminated and (episode.observations[-1] == episode.observations[-2]).all())
+    return Episode(episode.observations[:n + 1], episode.actions[:n], episode.rewards[:n], False)
 
 
 def until_success(dataset: Dataset) -> Dataset:
     """Episodes that end, terminated, with their first reward of 1; those without one stay as they are."""
-    episodes, solved = [], 0
-    for episode in dataset.episodes:
-        successes = np.flatnonzero(episode.rewards >= 1)
-        if len(successes):
-            n, solved = int(successes[0]) + 1, solved + 1
-            episode = Episode(episode.observations[:n + 1], episode.actions[:n], episode.rewards[:n], True)
-        episodes.append(episode)
+    episodes = [ended_at(e, e.rewards >= 1) for e in dataset.episodes]
+    solved = sum(short is not e for e, short in zip(dataset.episodes, episodes, strict=True))
     return replace(dataset, episodes=episodes, notes=(*dataset.notes, f"{solved} of {len(episodes)} episodes end at their success"))
+
+
+def ended_at(episode: Episode, ends: np.ndarray) -> Episode:
+    """The episode up to the first step that `ends` (T,), terminated there; itself where none does."""
+    if not ends.any():
+        return episode
+    n = int(np.argmax(ends)) + 1
+    return Episode(episode.observations[:n + 1], episode.actions[:n], episode.rewards[:n], True)
 
 
 def rolls_out(source: str) -> bool:
