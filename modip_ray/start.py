@@ -41,7 +41,8 @@ def belongs(key: str, names: Sequence[str]) -> bool:
 def offline_differences(saved: Config, cfg: Config) -> list[str]:
     """Settings that differ and that the offline phase depends on."""
     a, b = flat(saved), flat(cfg)
-    free = ELSEWHERE + tuple(k for k in ONLINE_ONLY if k not in ("planner.", "guard.") or cfg.critic.target != "planned_q")
+    asked = {"planned_q": ("planner.", "guard.", "policy.sampling_steps"), "policy_q": ("policy.sampling_steps",)}.get(cfg.critic.target, ())
+    free = ELSEWHERE + tuple(k for k in ONLINE_ONLY if k not in asked)             # `asked`: Q's offline targets are of actions that these decide
     return [k for k in sorted(set(a) | set(b)) if a.get(k) != b.get(k) and (k == "planner.tail" or not belongs(k, free))]
 
 
@@ -60,12 +61,15 @@ def adopt(setup: Setup, checkpoints: Path) -> Checkpoint:
 
     ConfigError where not even the policy would be the same.
     """
-    from modip_ray.learning.build import agent_of, device_of
+    import torch
+
+    from modip_ray.learning.build import agent_of, device_of, load_weights
     from modip_ray.learning.learner import Learner
     from modip_ray.learning.updater import learner_state, load_learner
     cfg, run = setup.cfg, Path(str(setup.cfg.pretrain.start))
     source, differing = start_checkpoint(run), offline_differences(saved_config(run), cfg)
-    wrong = differing if cfg.policy.kind == "tdmpc2" else [k for k in differing if belongs(k, POLICY)]         # a policy of latents goes with their encoder
+    own = differing if cfg.policy.kind == "tdmpc2" else [k for k in differing if belongs(k, POLICY)]           # a policy of latents goes with their encoder
+    wrong = [k for k in own if not belongs(k, ONLINE_ONLY)]
     if wrong:
         raise ConfigError(f"pretrain.start: the policy of {run} was trained with other settings of {', '.join(wrong[:3])}; leave them as they were there, "
                           "or pre-train this run by itself (pretrain.start=null)")
@@ -73,6 +77,8 @@ def adopt(setup: Setup, checkpoints: Path) -> Checkpoint:
     learner = Learner(cfg, agent_of(cfg, setup.spec, device_of(cfg, 0)), cfg.seed)
     for stream in taken:
         load_learner(learner, stream, source.read(f"learner_{stream}"))
+    scales = {k.removeprefix("agent.normalizer."): torch.from_numpy(v) for k, v in source.read("learner_model").items() if k.startswith("agent.normalizer.")}
+    load_weights(learner.agent.normalizer, scales, source)                          # the policy goes with those that it was trained with
     folder, shards = begin(checkpoints), cfg.replay.shards
     counts = {"model": learner.updates, "policy": learner.policy_updates}
     for stream, state in learner_state(learner).items():

@@ -62,6 +62,8 @@ def test_a_wrong_type_names_field_value_and_type(override, parts):
     (["policy.horizon=4", "planner.horizon=5"], ["planner.horizon", "policy.horizon=4"]),
     (["planner.horizon=2", "planner.n_action_steps=3"], ["planner.n_action_steps", "planner.horizon=2"]),
     (["policy.horizon=4", "planner.horizon=4", "policy.n_action_steps=5"], ["policy.n_action_steps", "policy.horizon=4"]),
+    (["policy.n_action_steps=4", "distill.target=planned"], ["policy.n_action_steps", "planner.horizon=3", "imitates plans"]),
+    (["policy.n_action_steps=4", "distill.reanalyze=0.1"], ["policy.n_action_steps", "planner.horizon=3", "imitates plans"]),
     (["policy.denoising_steps=20", "policy.sampling_steps=21"], ["policy.sampling_steps", "20"]),
     (["policy.denoising_steps=20", "planner.proposal_steps=21"], ["planner.proposal_steps", "1..policy.denoising_steps=20"]),
     (["planner.proposal_steps=0"], ["planner.proposal_steps", "got 0"]),

@@ -29,7 +29,7 @@ from modip_ray.learning.evaluation import Job, Outcome, run_jobs
 from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status, means
 from modip_ray.learning.updater import moments
 from modip_ray.model.agent import Agent
-from modip_ray.model.hardware import prepare_process
+from modip_ray.model.hardware import go_on, prepare_process
 from modip_ray.model.networks import ResidualMLP, flat_vector
 from modip_ray.tasks.env_group import EnvGroup, StepResult
 from modip_ray.tasks.envs import EnvError, env_seed
@@ -257,9 +257,10 @@ class DPPOSystem:
         for name, opt in (("actor_opt", self.actor_opt), ("critic_opt", self.critic_opt)):
             state |= {f"{name}.{i}.{k}": torch.as_tensor(v).cpu().numpy() for i, found in opt.state_dict()["state"].items() for k, v in found.items()}
         write_state(folder, LEARNER, state | {"rng": self.rng.get_state().numpy()})
-        if self.group is not None:
-            rollout = {f"rollout.{k}": v[:self.filled].cpu().numpy() for k, v in self.rollout.items()}
-            write_state(folder, COLLECTION, {f"group.{k}": v for k, v in self.group.state().items()} | rollout | {"first": self.first})
+        rollout = {f"rollout.{k}": v[:self.filled].cpu().numpy() for k, v in self.rollout.items()} if self.filled else {}
+        episodes = {f"group.{k}": v for k, v in self.group.state().items()} | {"first": self.first} if self.group is not None else {}
+        if rollout or episodes:
+            write_state(folder, COLLECTION, rollout | episodes)
         return {"env_steps": self.env_steps, "updates": self.updates, "policy_updates": self.policy_updates}
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -268,15 +269,18 @@ class DPPOSystem:
         build.load_weights(self.critic, part(state, "critic."), checkpoint)
         for name, opt in (("actor_opt", self.actor_opt), ("critic_opt", self.critic_opt)):
             opt.load_state_dict({"state": moments(state, name), "param_groups": opt.state_dict()["param_groups"]})
-        self.rng.set_state(torch.from_numpy(np.array(state["rng"])))
         self.scale.load({k.removeprefix("scale."): v for k, v in state.items() if k.startswith("scale.")})
         for name in self.counts():
             setattr(self, name, int(state[f"count.{name}"]))
-        if not checkpoint.has(COLLECTION):
-            return
-        state = checkpoint.read(COLLECTION)
-        for name, value in part(state, "rollout.").items():
+        go_on(self.rng, state["rng"], env_seed(self.cfg.seed, self.updates))
+        state = checkpoint.read(COLLECTION) if checkpoint.has(COLLECTION) else {}
+        rollout = part(state, "rollout.")
+        for name, value in rollout.items():
             self.rollout[name][:self.filled] = value.to(self.device)
+        if not rollout:
+            self.filled = self.minibatch = 0
+        if "first" not in state:
+            return
         group = self.new_group()
         try:
             group.resume({k.removeprefix("group."): v for k, v in state.items() if k.startswith("group.")})

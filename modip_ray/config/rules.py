@@ -142,8 +142,6 @@ def action_value_rules(cfg: Config) -> None:
         again = cfg.distill.reanalyze
         need(again in (0, 1), "distill.reanalyze", again, "must be 0 or 1 for planner.kind: action_values: of all rows or of none")
         need(not again or p.elites > 1, "planner.elites", p.elites, "must be at least 2 with distill.reanalyze: what was done takes the place of one")
-        need(not again or cfg.policy.n_action_steps <= p.horizon, "policy.n_action_steps", cfg.policy.n_action_steps,
-             f"must not exceed planner.horizon={p.horizon} where the policy imitates planner.kind: action_values (distill.reanalyze)")
         need(p.gaussian == 0, "planner.gaussian", p.gaussian, "must be 0 for planner.kind: action_values, which draws from the policy only")
     need(target != "planned_q" or p.kind == "action_values", "critic.target", "planned_q", f"needs planner.kind: action_values, not {p.kind}")
     if cfg.distill.q_weight:
@@ -156,6 +154,8 @@ def action_value_rules(cfg: Config) -> None:
 def planner_rules(cfg: Config) -> None:
     p, policy = cfg.planner, cfg.policy
     need(p.horizon <= policy.horizon, "planner.horizon", p.horizon, f"must not exceed policy.horizon={policy.horizon}: the policy proposes the sequences")
+    need(policy.n_action_steps <= p.horizon or (cfg.distill.target == "executed" and not cfg.distill.reanalyze), "policy.n_action_steps",
+         policy.n_action_steps, f"must not exceed planner.horizon={p.horizon} where the policy imitates plans (distill.target: planned, distill.reanalyze)")
     need(p.n_action_steps <= p.horizon, "planner.n_action_steps", p.n_action_steps, f"must not exceed planner.horizon={p.horizon}")
     need(1 <= p.proposal_steps <= policy.denoising_steps, "planner.proposal_steps", p.proposal_steps,
          f"must lie in 1..policy.denoising_steps={policy.denoising_steps}")

@@ -62,7 +62,7 @@ class Learner:
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.updates, self.policy_updates = 0, 0                                    # skipped ones included
         self.guards: dict[Stream, UpdateGuard] = {s: UpdateGuard(cfg.learner.explodes, self.device) for s in STREAMS}
-        self.value_guard = UpdateGuard(cfg.learner.explodes, self.device)           # where V is bad, the next world-model update says so
+        self.value_guard = UpdateGuard(cfg.learner.explodes, self.device)           # of V's further updates
         self.reanalyze = Reanalyze(cfg, agent, self.rng) if cfg.distill.reanalyze or cfg.critic.target == "planned_q" else None
         self.model_loss, self.policy_loss = self.world_model_and_value_loss, self.policy.loss
         if isinstance(self.policy, LatentPolicy):
@@ -241,6 +241,10 @@ class Learner:
         """A loss with its matrix products in bf16 where resources.learner_precision says so; their gradients follow."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.resources.learner_precision == "bf16"):
             return loss(*args)
+
+    def guards_of(self, stream: Stream) -> list[UpdateGuard]:
+        """Those that judge the updates of a stream."""
+        return [self.guards[stream], *([self.value_guard] if stream == "model" else [])]
 
     def env_steps(self) -> float:
         """Environment steps that this many policy updates belong to."""

@@ -115,9 +115,12 @@ class Mirror:
                 self.write(name, (run / name).read_bytes())
 
     def pull(self, run: Path) -> Checkpoint | None:
-        """The newest sound checkpoint, and what is beside it, into a run's folder; None where there is none. CheckpointError where all are damaged."""
+        """The newest sound checkpoint, and what is beside it, into a run's folder; None where there is none, or none that was sent whole. CheckpointError
+        where all are damaged."""
         problems = []
         for name in self.names():
+            if self.read(f"{CHECKPOINTS}/{name}/{DONE}") is None:                   # its sending was cut short
+                continue
             folder = run / CHECKPOINTS / f".{name}"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

@@ -18,9 +18,9 @@ from modip_ray.learning.limiter import STREAMS, Stream
 from modip_ray.learning.replay_server import restored_replay
 from modip_ray.learning.system import Counts, Phase, Report, Setup, Snapshot, Status, saved_bc
 from modip_ray.learning.updater import Updater, learner_state, load_learner
-from modip_ray.model.hardware import prepare_process
+from modip_ray.model.hardware import go_on, prepare_process
 from modip_ray.planning.planner import Planner
-from modip_ray.tasks.envs import EnvError
+from modip_ray.tasks.envs import EnvError, env_seed
 from modip_ray.timing import Timer
 
 SLICE = 50                          # updates and environment steps of one `advance`
@@ -125,7 +125,7 @@ class SerialSystem:
             self.incidents.append(f"new episodes instead of the open ones, this run is not the uninterrupted one: {error}")
             return
         self.taken, warm = int(state["taken"]), self.planner.warm
-        self.planner.rng.set_state(torch.from_numpy(state["planner.rng"]))
+        go_on(self.planner.rng, state["planner.rng"], env_seed(self.cfg.seed, self.taken))
         plans = torch.from_numpy(state["warm.plan"])
         if len(plans):                                                              # none where nothing was planned yet
             rows, _ = warm.index(range(len(plans)), np.ones(len(plans), bool))

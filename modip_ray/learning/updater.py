@@ -14,7 +14,9 @@ from modip_ray.learning.checkpoint import CheckpointError
 from modip_ray.learning.guard import DivergedError, extremes
 from modip_ray.learning.learner import Learner, Metrics, mean_metrics
 from modip_ray.learning.limiter import STREAMS, Stream, offline_updates, updates_per_step
+from modip_ray.model.hardware import go_on
 from modip_ray.model.networks import load_vector
+from modip_ray.tasks.envs import env_seed
 from modip_ray.timing import Timer
 
 State = dict[str, np.ndarray]
@@ -62,6 +64,8 @@ class Updater:
         """Means over the updates since the last call, and how many were skipped since this process began."""
         means = {k: v for s in STREAMS for k, v in mean_metrics(self.rows[s]).items()}
         skipped = {f"guard/skipped_{s}": float(self.learner.guards[s].skipped) for s in STREAMS if self.rows[s]}
+        if self.rows["model"] and self.cfg.critic.updates_per_update > 1:
+            skipped["guard/skipped_value"] = float(self.learner.value_guard.skipped)
         self.rows = {s: [] for s in STREAMS}
         return means | skipped
 
@@ -73,7 +77,7 @@ class Updater:
 
     def check(self, stream: Stream, batch: Mapping[str, np.ndarray]) -> None:
         """Go back where all updates since the last check were skipped; take a snapshot where one is due and the numbers are good."""
-        streak = int(self.learner.guards[stream].streak)
+        streak = max(int(guard.streak) for guard in self.learner.guards_of(stream))
         if streak >= self.cfg.learner.max_bad_updates:
             self.roll_back(stream, streak, batch)
         elif not streak and self.count(stream) - self.snapshots[stream].count >= self.cfg.learner.snapshot_every:
@@ -98,7 +102,8 @@ class Updater:
                                 f"such numbers in the data or the environment's rewards, or lower {name}; the same command resumes from the last checkpoint")
         count, snapshot = self.count(stream), self.snapshots[stream]
         load_learner(self.learner, stream, snapshot.state | {"updates": np.array(count)})
-        self.learner.guards[stream].reset()
+        for guard in self.learner.guards_of(stream):
+            guard.reset()
         self.incidents.append(f"{seen}; back to the weights of update {snapshot.count}")
 
 
@@ -163,7 +168,7 @@ def load_learner(learner: Learner, stream: Stream, state: Mapping[str, np.ndarra
         learner.updates = int(state["updates"])
     else:
         learner.policy_updates = int(state["updates"])
-        learner.rng.set_state(torch.from_numpy(np.array(state["rng"])))
+        go_on(learner.rng, state["rng"], env_seed(learner.cfg.seed, learner.policy_updates))
 
 
 def load_parts(learner: Learner, parts: Mapping[str, np.ndarray]) -> None:

@@ -77,7 +77,7 @@ class ValueEnsemble(nn.Module):
         """Per-element loss (E, ...) of what a head says (E, ..., outputs) against targets (...) in return units."""
         if self.head == "two_hot":
             hot = two_hot(symlog(target), self.bins)                                # (..., n_bins)
-            return -(hot * out.log_softmax(-1)).sum(-1)
+            return -(hot * out.float().log_softmax(-1)).sum(-1)
         error = (target - self.shift) / self.scale - out.squeeze(-1)                # (E, ...)
         weight = torch.where(error > 0, self.expectile, 1 - self.expectile) * 2     # IQL's expectile (2110.06169, eq. 5); 0.5 is the mean
         return weight * error.square()

@@ -1,4 +1,4 @@
-"""Which of a device's speeds the settings ask for: precision of matrix products, compilation."""
+"""What depends on the device: precision of matrix products, compilation, generators."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch._functorch import config as functorch
 
@@ -125,3 +126,12 @@ def tell(line: str) -> None:
     if line not in _told:
         _told.add(line)
         print(line, file=sys.stderr, flush=True)
+
+
+def go_on(rng: torch.Generator, state: np.ndarray, seed: int) -> None:
+    """Have a generator go on from a saved state; one on another kind of device, whose states are others, begins anew with `seed`."""
+    saved = torch.from_numpy(np.array(state))
+    if saved.shape == rng.get_state().shape:
+        rng.set_state(saved)
+    else:
+        rng.manual_seed(seed)

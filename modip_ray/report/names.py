@@ -28,6 +28,7 @@ TRAIN = {
     "model/grad_norm": Measure("", "gradient of world model and critic, before clipping"),
     "policy/grad_norm": Measure("", "gradient of the diffusion policy"),
     "guard/skipped_model": Measure("updates", "of world model and critic skipped, their numbers not finite or exploding, since this process began"),
+    "guard/skipped_value": Measure("updates", "of V beyond one a world-model update (critic.updates_per_update), skipped likewise"),
     "guard/skipped_policy": Measure("updates", "of the diffusion policy skipped likewise"),
     "value/target_mean": Measure("reward", "the critic's targets, mean of a batch"),
     "value/target_std": Measure("reward", "the critic's targets, deviation in a batch"),

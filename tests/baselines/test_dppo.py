@@ -19,7 +19,7 @@ from modip_ray.baselines.dppo_policy import TunedPolicy, clip_range, gae, policy
 from modip_ray.config import ConfigError, load
 from modip_ray.export import SUFFIXES, ExportError, export_run, load_safetensors
 from modip_ray.learning.build import build_spec
-from modip_ray.learning.checkpoint import newest
+from modip_ray.learning.checkpoint import begin, commit, newest, verified
 from modip_ray.learning.evaluation import Job
 from modip_ray.learning.system import Setup
 from modip_ray.model.diffusion import DiffusionPolicy
@@ -35,6 +35,7 @@ from modip_ray.study.spec import build_study
 from modip_ray.study.table import write_results
 from modip_ray.tasks.collect import collect
 from modip_ray.tasks.d4rl_data import write_d4rl
+from modip_ray.tasks.env_group import EnvGroup
 from tests.fakes import SMALL, STEPS, PointEnv, small
 
 TASK = "halfcheetah-medium"         # a name of configs/tasks; its settings are replaced by those of the tiny task
@@ -305,6 +306,39 @@ def test_stopped_at_any_moment_it_goes_on_as_if_nothing_had_been(study, tmp_path
     assert resumed["updates"] == plain["updates"] and resumed["env_steps"] == plain["env_steps"]
     assert resumed["scores"]["policy"]["values"] == plain["scores"]["policy"]["values"]
     assert not [r for r in read_metrics(tmp_path / "run") if r["kind"] == "incident"]
+
+
+def test_the_policy_keeps_the_scales_that_it_was_trained_with(study, tmp_path):
+    """Where the rest of the start is not taken over, and the data of this run would give others."""
+    cfg = study.cells()[2].cfg.replace({"critic.gamma": 0.5})
+    rows = [folder_of(study, "start") / "offline" / "rows_0_of_1.npy"]
+    found = adopt(Setup(cfg, build_spec(cfg, rows, -2 * np.ones(2), 2 * np.ones(2)), rows, PointEnv), tmp_path).read("learner_model")
+    assert (found["agent.normalizer.action_low"] == -1).all() and (found["agent.normalizer.action_high"] == 1).all()
+
+
+def test_a_full_rollout_outlives_environments_that_do_not_come_out_where_they_were(study, tmp_path, monkeypatch):
+    """Stopped twice within one rollout's minibatches: what is trained on stays; without it the rollout begins anew."""
+    system = built(study, tmp_path / "start")
+    fill(system)
+    system.minibatch, rewards = 2, system.rollout["reward"].clone()
+
+    def saved(system, name):
+        folder = begin(tmp_path / name)
+        counts = system.save(folder)
+        return verified(commit(folder, dict(counts), 2))
+    first = saved(system, "first")
+    monkeypatch.setattr(EnvGroup, "resume", lambda *_: (_ for _ in ()).throw(ValueError("elsewhere")))
+    again = built(study, tmp_path / "again")
+    again.resume(first)
+    second = saved(again, "second")                                 # no environments yet
+    for checkpoint, filled in ((first, system.own.n_steps), (second, system.own.n_steps)):
+        other = built(study, tmp_path / f"other_{checkpoint.path.parent.name}")
+        other.resume(checkpoint)
+        assert (other.filled, other.minibatch) == (filled, 2) and torch.equal(other.rollout["reward"], rewards)
+    (second.path / "collection.safetensors").unlink()
+    other = built(study, tmp_path / "bare")
+    other.resume(second)
+    assert other.filled == other.minibatch == 0
 
 
 def test_a_run_of_modip_keeps_its_identity():

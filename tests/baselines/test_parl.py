@@ -201,6 +201,10 @@ def test_a_start_whose_targets_planned_otherwise_is_not_taken_over_whole():
     assert offline_differences(a, b) == ["planner.iterations"]
     free = {"critic__target": "policy_q"}
     assert offline_differences(small(**base | free), small(**base | free | {"planner__iterations": 2})) == []
+    for target in ("policy_q", "planned_q"):                        # Q's offline targets ask for actions that are denoised in so many steps
+        asked = small(**base | {"critic__target": target})
+        assert offline_differences(asked, asked.replace({"policy.sampling_steps": 2})) == ["policy.sampling_steps"]
+    assert offline_differences(small(), small(policy__sampling_steps=2)) == []
 
 
 @pytest.mark.parametrize(("wrong", "words"), [

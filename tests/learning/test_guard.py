@@ -109,6 +109,21 @@ def test_bad_updates_in_a_row_lead_back_to_the_last_good_snapshot(stream):
     assert up.count(stream) == 17 and up.take_metrics()[f"guard/skipped_{stream}"] == 6
 
 
+def test_further_updates_of_v_that_are_all_skipped_lead_back_too():
+    """Where targets grow for good, the world model's guard alone may take what V's calls an explosion; V would learn nothing any more."""
+    learner = make_learner("learner.max_bad_updates=4", "learner.snapshot_every=8", "critic.updates_per_update=2")
+    up, source = Updater(learner.cfg, learner), batches("model")
+    for _ in range(8):
+        up.update("model", next(source))
+    learner.value_guard.recent.fill_(1e-9)                          # any gradient explodes beside that
+    for _ in range(4):
+        up.update("model", next(source))
+    assert up.take_metrics()["guard/skipped_value"] == 4 and "back to the weights of update 8" in up.take_incidents()[0]
+    for _ in range(4):
+        up.update("model", next(source))
+    assert up.take_metrics()["guard/skipped_value"] == 4 and not up.incidents
+
+
 def test_weights_that_are_infinite_are_repaired():
     up, source = updater(), batches("model")
     for _ in range(8):

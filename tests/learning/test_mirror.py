@@ -52,6 +52,13 @@ def test_a_damaged_or_unfinished_one_there_is_passed_over(address, tmp_path):
         mirror.pull(tmp_path / "nowhere")
 
 
+def test_a_first_sending_that_was_cut_short_is_no_checkpoint(address, tmp_path):
+    run, mirror = tmp_path / "run", Mirror(address)
+    mirror.push(checkpoint(run, 1, learner=1), run, keep=3)
+    mirror.fs.delete_file(f"{mirror.root}/checkpoints/{mirror.names()[0]}/done")
+    assert mirror.pull(tmp_path / "elsewhere") is None
+
+
 def test_a_checkpoint_that_cannot_be_sent_is_said_and_the_next_is_tried(tmp_path):
     run, sending = tmp_path / "run", Mirroring(str(tmp_path / "there"), tmp_path / "run", 2)
     (tmp_path / "there").write_text("a file is in the way")

@@ -97,7 +97,8 @@ def test_two_hot_values_are_float32_where_products_are_bf16():
     with torch.autocast("cpu", torch.bfloat16):
         out = critic.net(z)
         values = critic.decode(out)
-    assert out.dtype is torch.bfloat16 and values.dtype is torch.float32
+        error = critic.error(out, torch.linspace(-5, 5, 50))
+    assert out.dtype is torch.bfloat16 and values.dtype is error.dtype is torch.float32
     torch.testing.assert_close(values, critic.decode(out.float()), atol=1e-6, rtol=0)
 
 

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from modip_ray.model.hardware import beside, compiled, prepare_process
+from modip_ray.model.hardware import beside, compiled, go_on, prepare_process
 
 SCRIPT = """
 import resource, sys, torch
@@ -69,3 +69,15 @@ def test_calls_of_compiled_code_leave_nothing_in_memory():
         double(x)
     gc.collect()
     assert sys.getallocatedblocks() - before < 1000
+
+
+def test_a_generator_goes_on_where_it_was_and_begins_anew_on_another_kind_of_device():
+    def drawn(rng):
+        return torch.rand(5, generator=rng).tolist()
+    saved = torch.Generator().manual_seed(1)
+    state = saved.get_state().numpy()
+    first = drawn(saved)
+    go_on(rng := torch.Generator(), state, seed=3)
+    assert drawn(rng) == first
+    go_on(rng, state[:16], seed=3)                                  # as long as CUDA's
+    assert drawn(rng) == drawn(torch.Generator().manual_seed(3)) != first
