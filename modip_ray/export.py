@@ -35,7 +35,7 @@ from modip_ray.tasks.readers import read_any
 
 Format = Literal["torch-export", "onnx", "safetensors"]
 PolicyMode = Literal["bc", "policy"]
-Run = Callable[[np.ndarray, np.ndarray], np.ndarray]        # observation (B, Do), noise (B, H, Da) -> actions (B, H, Da)
+Run = Callable[[np.ndarray, np.ndarray], np.ndarray]        # observation (B, Do), noise (B, H, Da) or (B, n, H, Da) -> actions (B, H, Da)
 
 SUFFIXES: dict[Format, str] = {"torch-export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors"}
 NEEDS: dict[Format, tuple[str, ...]] = {"torch-export": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
@@ -52,14 +52,20 @@ class ExportError(RunError):
 class RawPolicy(nn.Module):
     """Normaliser and policy in one: what the planner's policy mode computes, with its noise as an argument."""
 
-    def __init__(self, normalizer: Normalizer, policy: DiffusionPolicy | GaussianPolicy, steps: int):
+    def __init__(self, normalizer: Normalizer, policy: DiffusionPolicy | GaussianPolicy, steps: int, samples: int = 1):
         super().__init__()
-        self.normalizer, self.policy, self.steps = normalizer, policy, steps
+        self.normalizer, self.policy, self.steps, self.samples = normalizer, policy, steps, samples
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of a row's noise: (H, Da), or (n, H, Da) for the mean of n chunks."""
+        chunk = self.policy.horizon, self.policy.action_dim
+        return chunk if self.samples == 1 else (self.samples, *chunk)
 
     def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """observation (B, Do) as the environment gives it, noise (B, H, Da) standard normal -> actions (B, H, Da) as the environment takes them."""
-        chunk = self.policy.act(self.normalizer.obs(observation), noise, self.steps)
-        return self.normalizer.raw_action(chunk)
+        """observation (B, Do) as the environment gives it, noise (B, *noise_shape) standard normal -> actions (B, H, Da) as the environment takes them."""
+        noise = noise[:, None] if self.samples == 1 else noise
+        return self.normalizer.raw_action(self.policy.act(self.normalizer.obs(observation), noise, self.steps))
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def export_run(run: Path, to: Format, out: Path | None = None, mode: PolicyMode 
         raise ExportError(f"{run}: its policy (policy.kind: dsrl) starts from noise that a second network draws, which a file does not hold; act with it by "
                           "'modip serve' or modip_ray.load")
     observations = data_observations(run, saved.cfg)
-    policy = RawPolicy(agent.normalizer, agent.policy, saved.cfg.policy.sampling_steps).eval()
+    policy = RawPolicy(agent.normalizer, agent.policy, saved.cfg.policy.sampling_steps, saved.cfg.policy.samples).eval()
     metadata = describe(run, saved, mode, policy, observations)
     path = out or run / "export" / f"{saved.cfg.task.name}-{mode}{SUFFIXES[to]}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,9 +151,10 @@ def describe(run: Path, saved: SavedAgent, mode: PolicyMode, policy: RawPolicy, 
     shown = ("metric", "mean", "ci95", "episodes", "normalized")
     return {
         "task": cfg.task.name, "env": cfg.task.env, "mode": mode,
-        "input": {"observation": ["batch", len(norm.obs_mean)], "noise": ["batch", net.horizon, net.action_dim]},
+        "input": {"observation": ["batch", len(norm.obs_mean)], "noise": ["batch", *policy.noise_shape]},
         "output": {"actions": ["batch", net.horizon, net.action_dim]},
         "n_action_steps": cfg.policy.n_action_steps, "max_episode_steps": cfg.task.max_episode_steps, "denoising_steps": policy.steps,
+        "samples": policy.samples,
         "observation": {"mean": norm.obs_mean.tolist(), "std": norm.obs_std.tolist(), "clip": norm.clip,
                         "data_low": observations.min(0).tolist(), "data_high": observations.max(0).tolist()},
         "action": {"low": norm.action_low.tolist(), "high": norm.action_high.tolist()},
@@ -178,8 +185,7 @@ def write(policy: RawPolicy, to: Format, path: Path, metadata: dict[str, Any]) -
 def program(policy: RawPolicy) -> torch.export.ExportedProgram:
     """The policy as one graph for any number of rows."""
     rows = torch.export.Dim.DYNAMIC
-    net = policy.policy
-    example = torch.zeros(2, len(policy.normalizer.obs_mean)), torch.zeros(2, net.horizon, net.action_dim)
+    example = torch.zeros(2, len(policy.normalizer.obs_mean)), torch.zeros(2, *policy.noise_shape)
     with torch.no_grad():
         return torch.export.export(policy, example, dynamic_shapes={"observation": {0: rows}, "noise": {0: rows}}, strict=True)
 
@@ -208,7 +214,8 @@ def load_safetensors(path: str | Path) -> tuple[RawPolicy, dict[str, Any]]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise ExportError(f"{path}: is not a file of 'modip export --to safetensors' ({type(error).__name__}: {error})") from error
     n = {"kind": "diffusion", **metadata["network"]}
-    policy = RawPolicy(Normalizer(n["obs_dim"], n["action_dim"], metadata["observation"]["clip"]), policy_of(**n), metadata["denoising_steps"])
+    policy = RawPolicy(Normalizer(n["obs_dim"], n["action_dim"], metadata["observation"]["clip"]), policy_of(**n), metadata["denoising_steps"],
+                       metadata.get("samples", 1))
     try:
         policy.load_state_dict(weights)
     except RuntimeError as error:
@@ -223,8 +230,7 @@ def difference(policy: RawPolicy, run: Run, observations: np.ndarray) -> float:
 
     In halves of the action's range, which for the usual -1..1 are its own units. Both compute in float32, also where the run acts in bfloat16.
     """
-    shape = (len(observations), policy.policy.horizon, policy.policy.action_dim)
-    noise = np.random.default_rng(0).standard_normal(shape, np.float32)
+    noise = np.random.default_rng(0).standard_normal((len(observations), *policy.noise_shape), np.float32)
     ends = [end for end in np.cumsum(BATCHES).tolist() if end < len(observations)]
     parts = zip(np.split(observations, ends), np.split(noise, ends), strict=True)
     half = ((policy.normalizer.action_high - policy.normalizer.action_low) / 2).numpy()

@@ -25,7 +25,7 @@ from modip_ray.model.hardware import prepare_process
 from modip_ray.planning.planner import Mode, Plan, Planner
 from modip_ray.runfolder import Which, open_checkpoint, saved_config
 
-ACTING = ("planner.", "guard.", "resources.", "eval.", "policy.sampling_steps", "policy.n_action_steps")      # may be other than in training
+ACTING = ("planner.", "guard.", "resources.", "eval.", "policy.sampling_steps", "policy.samples", "policy.n_action_steps")      # may be other than in training
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from modip_ray.runfolder import RunError, saved_config
 
 #: Settings that the offline phase does not depend on, but for planner.tail, which decides whether Q is trained, too. A name with a dot at its end stands
 #: for the whole group.
-ONLINE_ONLY = ("planner.", "guard.", "distill.", "online.", "critic.n_step", "policy.sampling_steps", "policy.n_action_steps", "policy.updates_per_update",
-               "method", "dppo.")
+ONLINE_ONLY = ("planner.", "guard.", "distill.", "online.", "critic.n_step", "policy.sampling_steps", "policy.samples", "policy.n_action_steps",
+               "policy.updates_per_update", "method", "dppo.")
 #: Settings that decide nothing of what is learned: they may differ between a checkpoint and who goes on from it.
 ELSEWHERE = ("run_dir", "seed", "serial", "log.", "resources.", "eval.", "rollout.", "replay.", "data.cache", "pretrain.start")
 #: Of the others, those that the offline policy depends on: data, normaliser, network and its updates.

@@ -55,7 +55,7 @@ def raw_policy(*overrides: str, spread: float = 3.0) -> RawPolicy:
     agent = Agent(cfg, 3, 2)
     observations = np.random.default_rng(0).normal(1.0, spread, (50, 3)).astype(np.float32)
     agent.normalizer.fit(observations, np.full(2, -2.0), np.full(2, 4.0), 0.01)
-    return RawPolicy(agent.normalizer, agent.policy, cfg.policy.sampling_steps).eval()
+    return RawPolicy(agent.normalizer, agent.policy, cfg.policy.sampling_steps, cfg.policy.samples).eval()
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -89,11 +89,12 @@ def test_a_file_acts_as_the_run_does_without_ray(tmp_path, finished_run, to):
     ("torch-export", ("policy.network=unet", "policy.parametrization=eps", "policy.horizon=5", "policy.sampling_steps=2")),
     ("onnx", ("policy.network=unet", "policy.parametrization=eps", "policy.horizon=5", "policy.sampling_steps=2")),
     ("onnx", ("policy.sampling_steps=1", "policy.horizon=1", "planner.horizon=1")),
-], ids=["unet", "unet, ONNX", "one step, ONNX"])
+    ("onnx", ("policy.samples=3",)), ("torch-export", ("policy.samples=3",)),
+], ids=["unet", "unet, ONNX", "one step, ONNX", "mean, ONNX", "mean"])
 def test_any_network_in_any_batch(tmp_path, to, settings):
     policy, path = raw_policy(*settings), tmp_path / f"policy{SUFFIXES[to]}"
-    export.write(policy, to, path, {})
     observations = np.random.default_rng(2).normal(1.0, 9.0, (100, 3)).astype(np.float32)                # some beyond the normaliser's clip
+    export.write(policy, to, path, {})
     assert export.difference(policy, export.load_exported(path, to), observations) <= TOLERANCE
 
 

@@ -43,6 +43,7 @@ class Policy:
     blocks: int
     denoising_steps: int
     sampling_steps: int
+    samples: int
     parametrization: Literal["eps", "sample"]
     batch_size: int
     lr: float

@@ -15,7 +15,8 @@ class ConfigError(ValueError):
 
 
 POSITIVE = """
-    policy.horizon policy.n_action_steps policy.width policy.denoising_steps policy.sampling_steps policy.batch_size policy.lr
+    policy.horizon policy.n_action_steps policy.width policy.denoising_steps policy.sampling_steps policy.samples
+    policy.batch_size policy.lr
     world_model.latent world_model.width world_model.batch_size world_model.horizon world_model.lr world_model.obs_std_floor world_model.simnorm_group
     world_model.grad_clip critic.members critic.n_step critic.pretrain_n_step critic.updates_per_update critic.width critic.bound planner.horizon
     planner.n_action_steps planner.proposals planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker
@@ -156,6 +157,8 @@ def planner_rules(cfg: Config) -> None:
     need(p.horizon <= policy.horizon, "planner.horizon", p.horizon, f"must not exceed policy.horizon={policy.horizon}: the policy proposes the sequences")
     need(policy.n_action_steps <= p.horizon or (cfg.distill.target == "executed" and not cfg.distill.reanalyze), "policy.n_action_steps",
          policy.n_action_steps, f"must not exceed planner.horizon={p.horizon} where the policy imitates plans (distill.target: planned, distill.reanalyze)")
+    need(policy.samples <= p.proposals, "policy.samples", policy.samples, f"must not exceed planner.proposals={p.proposals}, of which they are the first")
+    need(policy.samples == 1 or policy.kind == "diffusion", "policy.samples", policy.samples, f"must be 1 for policy.kind: {policy.kind}")
     need(p.n_action_steps <= p.horizon, "planner.n_action_steps", p.n_action_steps, f"must not exceed planner.horizon={p.horizon}")
     need(1 <= p.proposal_steps <= policy.denoising_steps, "planner.proposal_steps", p.proposal_steps,
          f"must lie in 1..policy.denoising_steps={policy.denoising_steps}")

@@ -99,9 +99,9 @@ class Agent(nn.Module):
         return self.propose(obs, noise[:, :, :1] if isinstance(self.policy, LatentPolicy) else noise, steps)[:, 0, 0]
 
     def act(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
-        """What is executed where the policy acts alone: a chunk a row (B, H, Da), from noise (B, H, Da); a Gaussian's means."""
+        """What is executed where the policy acts alone: a chunk a row (B, H, Da), from noise (B, n, H, Da) the mean of n; a Gaussian's means."""
         if isinstance(self.policy, LatentPolicy):
-            return self.propose(obs, torch.zeros_like(noise)[:, None], steps)[:, 0]
+            return self.propose(obs, torch.zeros_like(noise[:, :1]), steps)[:, 0]
         return self.policy.act(obs, noise, steps)
 
     def tail_value(self, z: Tensor) -> Tensor:

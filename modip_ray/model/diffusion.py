@@ -131,5 +131,5 @@ class DiffusionPolicy(nn.Module):
         return x.view(b, n, self.horizon, self.action_dim)
 
     def act(self, obs: Tensor, noise: Tensor, steps: int) -> Tensor:
-        """What is executed where the policy acts alone: a sample a row, from noise (B, H, Da), as (B, H, Da)."""
-        return self.sample(obs, noise[:, None], steps)[:, 0]
+        """What is executed where the policy acts alone: the mean of a row's n samples, from noise (B, n, H, Da), as (B, H, Da)."""
+        return self.sample(obs, noise, steps).mean(1)

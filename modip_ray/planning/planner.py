@@ -117,7 +117,7 @@ class Planner:
     def policy_plan(self, s: Tensor) -> Plan:
         cfg, policy = self.cfg.policy, self.agent.policy
         with self.timer("policy/ddim"), self.search.precision():
-            chunk = self.agent.act(s, self.noise((len(s), policy.horizon, policy.action_dim)), cfg.sampling_steps)       # (B, H, Da)
+            chunk = self.agent.act(s, self.noise((len(s), cfg.samples, policy.horizon, policy.action_dim)), cfg.sampling_steps)     # (B, H, Da)
         plans = self.agent.normalizer.raw_action(chunk).cpu().numpy()
         return Plan(plans[:, : cfg.n_action_steps], plans, np.full(len(s), np.nan, np.float32), self.version)
 

@@ -24,7 +24,7 @@ class Noise(NamedTuple):
 
 
 class Found(NamedTuple):
-    plan: Tensor           # (B, H, Da) in -1..1; the policy's own first proposal where the guard says no
+    plan: Tensor           # (B, H, Da) in -1..1; the policy's own (policy.samples) where the guard says no
     std: Tensor            # (B, H, Da) spread of the elites
     gain: Tensor           # (B,) of the refined plan over the proposals' mean, less the guard's penalty; NaN where that is not finite
     accepted: Tensor       # (B,) bool: the guard lets the refined plan through
@@ -61,11 +61,12 @@ class Search:
         return self.judged(z, result.mean, result.std, proposals, reference)
 
     def judged(self, z: Tensor, plan: Tensor, std: Tensor, proposals: Tensor, reference: Tensor) -> Found:
-        """The refined plan (B, H, Da), or the first of the proposals (B, P, H, Da) where its gain over `reference` (E, B) does not pass the guard."""
+        """The refined plan (B, H, Da), or the mean of the first policy.samples proposals (B, P, H, Da) where its gain over `reference` (E, B) does not pass
+        the guard."""
         gain = self.guarded_gain(self.returns(z, plan[:, None]), reference)[:, 0]   # (B,)
         gain = torch.where(gain.isfinite(), gain, torch.nan)                        # nothing that can be called a plan, as gains in replay have it
         accepted = gain > self.cfg.guard.min_gain                                   # the guard: else the policy's own, of planner.proposal_steps
-        return Found(torch.where(accepted[:, None, None], plan, proposals[:, 0]), std, gain, accepted)
+        return Found(torch.where(accepted[:, None, None], plan, proposals[:, : self.cfg.policy.samples].mean(1)), std, gain, accepted)
 
     def returns(self, z: Tensor, actions: Tensor) -> Tensor:
         """Predicted return by each critic member: z (B, Dz), actions (B, N, H, Da) -> (E, B, N) in return units."""

@@ -94,7 +94,7 @@ def evaluations_apart(cell: Cell, run: Mapping[str, Any]) -> bool:
 
 def act_alike(cfg: Config, first: Config) -> bool:
     """The policy of the start acts in both methods before fine-tuning, in the same way in the same episodes: their BC scores are one number."""
-    ours, theirs = ((c.policy.n_action_steps, c.policy.sampling_steps, c.eval.episodes, c.eval.seed) for c in (cfg, first))
+    ours, theirs = ((c.policy.n_action_steps, c.policy.sampling_steps, c.policy.samples, c.eval.episodes, c.eval.seed) for c in (cfg, first))
     return cfg.pretrain.start is not None and ours == theirs
 
 

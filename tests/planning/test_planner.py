@@ -169,6 +169,16 @@ def test_a_plan_below_the_threshold_is_not_executed(make_planner):
         np.testing.assert_array_equal(plan.actions, plan.plans[:, :1])                  # unexplored: the policy's own action
 
 
+@pytest.mark.parametrize("mode", ["policy", "mpc"])
+def test_the_policy_by_itself_executes_the_mean_of_its_samples(make_planner, mode):
+    drawn, planner = [], fake_task(make_planner(*WIDE, "guard.min_gain=1000", "policy.samples=4"))
+    sample = planner.agent.policy.sample
+    planner.agent.policy.sample = lambda *args: drawn.append(sample(*args)) or drawn[-1]
+    plan = planner.plan(OBS, range(5), NEW, mode)
+    assert drawn[0].shape[1] == (4 if mode == "policy" else 6)      # of the planner's proposals the first ones
+    np.testing.assert_allclose(plan.plans, drawn[0][:, :4].mean(1)[:, : plan.plans.shape[1]].numpy(), atol=1e-6)
+
+
 @pytest.mark.parametrize("part", ["world_model", "critic"])
 def test_with_nan_weights_the_policy_acts(make_planner, part):
     planner = make_planner()
