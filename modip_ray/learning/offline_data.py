@@ -87,20 +87,21 @@ def stored_source(cfg: Config, folder: Path) -> str:
 
 
 def with_newly_done(dataset: Dataset, subtasks: int | None = None) -> Dataset:
-    """The kitchen's own rewards, in place of the counts that D4RL's kitchen files store; and its own ends, where the environment has `subtasks` of them:
-    the files mark the last row of every demonstration as terminal, whatever was done. DataError where rewards are no counts, or nothing is left.
+    """The kitchen's own rewards, in place of the counts that D4RL's kitchen files store. DataError where rewards are no counts, or nothing is left.
+
+    The files mark the last row of every demonstration as terminal, whatever was done. Where the environment has `subtasks` of them, those that leave some
+    undone are cut, not terminated; those that do all stay whole. What these do behind the last subtask, where the environment has ended, earns nothing, but
+    the policy is better for it (docs/method.md).
     """
     try:
         episodes = [replace(e, rewards=newly_done(e.rewards)) for e in dataset.episodes]
     except ValueError as error:
         raise DataError(f"{dataset.source}: data.rewards is newly_done, which is for D4RL's kitchen files: {error}") from error
     notes = ["rewards: newly done subtasks, from the number done so far that the file stores"]
-    if subtasks is not None:
-        done = [e for e in episodes if e.ret >= subtasks]
-        ended = [ended_at(e, e.rewards.cumsum() >= subtasks) if e.ret >= subtasks else as_cut(e) for e in episodes]
-        notes.append(f"{len(done)} of {len(episodes)} episodes end with their last subtask, as in the environment, the others are cut: "
-                     f"{sum(e.length for e in episodes) - sum(e.length for e in ended)} steps left out")
-        episodes = [e for e in ended if e.length]
+    if subtasks is not None and any(e.ret < subtasks for e in episodes):
+        notes.append(f"{sum(e.ret < subtasks for e in episodes)} of {len(episodes)} episodes leave subtasks undone: cut, not terminated as the file has it")
+        episodes = [e if e.ret >= subtasks else as_cut(e) for e in episodes]
+        episodes = [e for e in episodes if e.length]
         if not episodes:
             raise DataError(f"{dataset.source}: no episode has a step whose next observation is known; expected D4RL's kitchen data")
     return replace(dataset, episodes=episodes, notes=(*dataset.notes, *notes))
