@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from modip_ray.actors.channel import Connection
 from modip_ray.actors.pulse import GROUP, PULSE, Life, Pulse
@@ -149,7 +149,11 @@ class RolloutWorker:
             if group.line is None:
                 group.line = Connection(self.get(self.planner.address.remote()), self.key, self.cfg.resources.call_timeout_s)
             group.line.send(Query(group.client, self.incarnation, group.collector.obs, group.collector.reset))
-        except (OSError, RayActorError):
+        except OSError:
+            self.hang_up(group)
+        except RayTaskError:
+            raise
+        except RayError:
             self.hang_up(group)
 
     def answer(self, group: Group) -> Planned:

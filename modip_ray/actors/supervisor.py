@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from modip_ray.actors.errors import raise_cause, short
 from modip_ray.actors.pulse import Heart, Life, Pulse
@@ -26,6 +26,7 @@ from modip_ray.timing import Timer
 
 LOOK_S = 0.5                        # how often the roles are looked at while the driver waits for something
 PULSES = 5                          # pulses within the time after which a silent actor counts as stopped
+FOR_GOOD = ActorDiedError, RuntimeEnvSetupError, ActorUnschedulableError             # what Ray says of an actor that it does not start again
 HOPELESS = 8                        # deaths of a role in a row, without an environment step or update between, that end the run
 PROCESSES = "processes.json"
 
@@ -96,10 +97,10 @@ class Supervisor:
             found = role.heart.beat(elapsed)
             if isinstance(found, Pulse):
                 self.heard(role, found)
-            elif isinstance(found, ActorDiedError):
+            elif isinstance(found, FOR_GOOD):
                 self.give_up(role, f"died and cannot be started again ({short(found)})")
             elif found is not None:
-                self.lost(role, "died")
+                self.lost(role, "died" if isinstance(found, RayActorError) else f"died ({type(found).__name__})")
             elif role.away and now - role.away_since > self.resources.restart_s:
                 self.give_up(role, f"{role.why} and does not serve again since {self.resources.restart_s:g} s (resources.restart_s)")
             elif role.away or role.pulse is None or role.heart.silent_s < LOOK_S:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.exceptions import OutOfMemoryError, RuntimeEnvSetupError
 
 from modip_ray.actors import evaluators as evaluators_module
 from modip_ray.actors import pool as pool_module
@@ -87,11 +88,16 @@ def system(monkeypatch):
     return found
 
 
-def test_times_of_a_planner_that_does_not_answer_are_not_replaced_by_anothers(system):
+def test_times_of_a_planner_that_does_not_answer_are_not_replaced_by_anothers(system, monkeypatch):
     system.said = {0: times(plan=10), 1: times(plan=4)}
     assert system.timings()["planner"] == (times(plan=14), 2)
     system.said = {0: None, 1: times(plan=5)}
     assert system.timings()["planner"] == (times(plan=15), 2)
+
+    def get(ref):
+        raise OutOfMemoryError("too full")
+    monkeypatch.setattr(system_module.ray, "get", get)
+    assert system.planner_statuses() == [], "killed by Ray's memory monitor"
 
 
 def test_the_sums_of_a_role_do_not_fall_where_one_of_its_processes_begins_anew(system):
@@ -133,6 +139,17 @@ def test_shards_take_turns_however_few_the_workers():
     assert [shard and shard.name for shard in (worker.take_ack() for _ in range(4))] == ["b", None, "b", None] and worker.stored == 12
 
 
+def test_a_worker_asks_again_where_rays_memory_monitor_killed_the_planner():
+    worker, group = object.__new__(RolloutWorker.__ray_metadata__.modified_class), SimpleNamespace(line=None, asked=False)
+    worker.planner = SimpleNamespace(address=SimpleNamespace(remote=lambda: OutOfMemoryError("too full")))
+
+    def get(error):
+        raise error
+    worker.get = get
+    worker.ask(group)
+    assert group.asked and group.line is None
+
+
 def test_an_evaluation_that_hangs_is_given_up(monkeypatch):
     """It is killed, said once, and the next one is asked for; the diagnostics of the end come from an evaluator that is free."""
     killed, now = [], [0.0]
@@ -172,6 +189,21 @@ def test_a_worker_whose_environments_do_not_come_to_be_is_replaced_and_one_that_
     for pool.now in (1006.0, 1012.0):
         pool.gather()
     assert pool.slots[0].deaths == 1 and pool.slots[0].actor == "another"
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("too full"), RuntimeEnvSetupError("no such package")])
+def test_a_worker_that_ray_gave_up_for_whatever_reason_is_replaced(pool, monkeypatch, error):
+    def get(ref):
+        raise error
+    monkeypatch.setattr(pool_module.ray, "get", get)
+    pool.take(pool.slots[0], "hello")
+    assert pool.slots[0].actor is None and pool.slots[0].deaths == 1
+    slot = pool.slots[0]
+    slot.actor = SimpleNamespace(flush=SimpleNamespace(remote=lambda: "flush"))
+    slot.member, pool.replays, pool.snapshots = SimpleNamespace(incarnation="a"), [], {}
+    pool.supervisor.wait = lambda refs, timeout_s, num_returns, patient: refs
+    pool.flush()
+    assert slot.actor is None and "was lost while it sent its last segments" in pool.incidents[0]
 
 
 def test_a_slot_may_fail_as_often_as_it_likes_while_others_work(pool, monkeypatch):
