@@ -17,13 +17,15 @@ from modip_ray.actors.evaluators import Evaluators
 from modip_ray.actors.planner import PlannerActor, plan_server
 from modip_ray.actors.pool import GONE, RolloutPool, Slot
 from modip_ray.actors.pulse import Life, Pulse
-from modip_ray.actors.rollout import RolloutWorker
+from modip_ray.actors.rollout import Group, RolloutWorker
 from modip_ray.actors.supervisor import Supervisor
 from modip_ray.actors.system import RaySystem
 from modip_ray.actors.watchdog import Watchdog
+from modip_ray.learning.segment import SeenIds
 from modip_ray.runfolder import RoleLost
 from modip_ray.timing import Timer
 from tests.fakes import small
+from tests.learning.test_replay_server import segment
 
 
 def test_no_evaluation_is_asked_for_before_the_last_one_is_reported():
@@ -131,18 +133,28 @@ def test_a_planner_that_begins_anew_draws_other_noise():
 
 
 def test_shards_take_turns_however_few_the_workers():
-    """One worker, two shards: each gets every second sending, and the one that asks for it is waited for."""
-    worker, sent = object.__new__(RolloutWorker.__ray_metadata__.modified_class), []
+    """One worker, two shards: each gets every second sending, and the one that asks for it is waited for. A shard remembers one number of a sender, not all."""
+    worker, sent, seen = object.__new__(RolloutWorker.__ray_metadata__.modified_class), [], {"a": SeenIds(), "b": SeenIds()}
 
     def shard(name):
-        return SimpleNamespace(name=name, add=SimpleNamespace(remote=lambda segments: sent.append(name) or SimpleNamespace(may_collect=name != "b")))
+        def add(segments):
+            sent.append((name, segments))
+            for s in segments:
+                assert s.id not in seen[name] and s.incarnation == "aaaa"
+                seen[name].add(s.id)
+            return SimpleNamespace(may_collect=name != "b")
+        return SimpleNamespace(name=name, add=SimpleNamespace(remote=add))
     worker.replays, worker.sent, worker.acks, worker.returns, worker.stored, worker.record = [shard("a"), shard("b")], 1, deque(), [], 0, None
     worker.get = lambda ack: ack
-    group = SimpleNamespace(collector=SimpleNamespace(take_episodes=list))
-    for _ in range(4):
-        worker.send(group, [[0, 0, 0]])
-    assert sent == ["b", "a", "b", "a"]
-    assert [shard and shard.name for shard in (worker.take_ack() for _ in range(4))] == ["b", None, "b", None] and worker.stored == 12
+    group = Group(SimpleNamespace(take_episodes=list, name="0/aaaa.1"), (0, 1))
+    for n in range(4):
+        worker.send(group, [segment(2 * n, sender="0/aaaa.1"), segment(2 * n + 1, sender="0/aaaa.1")])
+    assert [name for name, _ in sent] == ["b", "a", "b", "a"] and len({s.id for _, segments in sent for s in segments}) == 8
+    assert [shard and shard.name for shard in (worker.take_ack() for _ in range(4))] == ["b", None, "b", None] and worker.stored == 24
+    assert [s.dump() for s in seen.values()] == ['{"0/aaaa.1.s0": [4]}', '{"0/aaaa.1.s1": [4]}']
+    worker.replays, alone = [shard("a")], segment(9, sender="1/aaaa")
+    worker.send(group, [alone])
+    assert sent[-1][1] == [alone], "as the collector named it"
 
 
 def test_a_worker_asks_again_where_rays_memory_monitor_killed_the_planner():
