@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RuntimeEnvSetupError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, RuntimeEnvSetupError
 
 from modip_ray.actors import evaluators as evaluators_module
 from modip_ray.actors import pool as pool_module
@@ -21,6 +21,7 @@ from modip_ray.actors.rollout import Group, RolloutWorker
 from modip_ray.actors.supervisor import Supervisor
 from modip_ray.actors.system import RaySystem
 from modip_ray.actors.watchdog import Watchdog
+from modip_ray.cli import mendable
 from modip_ray.learning.segment import SeenIds
 from modip_ray.runfolder import RoleLost
 from modip_ray.timing import Timer
@@ -318,6 +319,14 @@ def test_a_worker_that_ray_gave_up_for_whatever_reason_is_replaced(pool, monkeyp
     pool.supervisor.wait = lambda refs, timeout_s, num_returns, patient: refs
     pool.flush()
     assert slot.actor is None and "was lost while it sent its last segments" in pool.incidents[0]
+
+
+def test_a_policy_that_diverges_is_an_error_that_the_command_line_says_in_one_line(pool, monkeypatch):
+    def get(ref):
+        raise RayTaskError("run", "", FloatingPointError("planner: the policy proposes actions that are not finite"), "", 1, "").as_instanceof_cause()
+    monkeypatch.setattr(pool_module.ray, "get", get)
+    with pytest.raises(mendable(), match="^planner: the policy proposes actions that are not finite$"):
+        pool.take(pool.slots[0], "hello")
 
 
 def test_a_slot_may_fail_as_often_as_it_likes_while_others_work(pool, monkeypatch):
