@@ -1,4 +1,7 @@
-"""An episode acted by a server: modip serve runs/demo & python examples/serve_client.py http://127.0.0.1:8000 HalfCheetah-v4"""
+"""An episode acted by a server: `modip serve runs/demo` in one terminal; once it has printed its address, in another one
+
+    python examples/serve_client.py http://127.0.0.1:8000 HalfCheetah-v4
+"""
 import sys
 import time
 

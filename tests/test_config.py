@@ -75,12 +75,20 @@ def test_a_wrong_type_names_field_value_and_type(override, parts):
     (["critic.target_reduce=min_two"], ["critic.target_reduce", "critic.target: policy_q"]),
     (["critic.target_reduce=min_two", "critic.target=policy_q", "critic.members=1"], ["critic.members", "at least 2"]),
     (["planner.std_min=0.5", "guard.std_max=0.1"], ["guard.std_max", "planner.std_min=0.5"]),
+    (["resources.planner_gpus=1.5"], ["resources.planner_gpus", "got 1.5", "at most 1 or a whole number"]),
+    (["resources.learner_gpus=3", "resources.learner_replicas=2"], ["resources.learner_gpus", "got 3", "gives 1.5 to each of the two learners' processes"]),
 ])
 def test_a_bad_range_or_relation_is_refused(overrides, parts):
     with pytest.raises(ConfigError) as error:
         load(overrides=overrides)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_gpus_that_ray_can_give_are_accepted():
+    for planner, learner in ((0, 0), (0.4, 0.4), (1, 2), (3, 4)):
+        load(overrides=[f"resources.planner_gpus={planner}", f"resources.learner_gpus={learner}"])
+    load(overrides=["resources.learner_gpus=3", "serial=true"])
 
 
 def test_numbers_are_read_as_numbers():

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,27 @@ def test_named_files_exist(text, page):
     for name in named:
         if not name.startswith("runs/") and not name.isupper() and "TASK" not in name and "NAME" not in name and "..." not in name:
             assert any((folder / name).is_file() for folder in (ROOT, page.parent, ROOT / "modip_ray", ROOT / "docs")), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("left", ["nothing", "without pip"])
+def test_make_sets_up_an_environment_also_where_a_half_made_one_is_left(tmp_path, left):
+    """As `python3.11 -m venv` leaves it where Debian's python3.11-venv is missing: with an interpreter, without pip."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+
+    def script(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    if left == "without pip":
+        script(".venv/bin/python", "echo 'No module named pip' >&2; exit 1")
+    script("good", 'echo "$@" >> installed')
+    script("python", '[ "$*" = "-m venv --clear .venv" ] && mkdir -p .venv/bin && cp good .venv/bin/python')
+    for _ in range(2):
+        done = subprocess.run(["make", "install", "PYTHON=./python"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "requirements.txt" in (tmp_path / "installed").read_text()
+    assert all("python3.11-venv" in (ROOT / name).read_text() for name in ("README.md", "docs/faq.md"))
 
 
 def test_every_setting_has_a_comment(tmp_path):

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -81,6 +83,10 @@ def test_a_file_acts_as_the_run_does_without_ray(tmp_path, finished_run, to):
     assert about["task"] == "point" and about["n_action_steps"] == 2 and about["output"]["actions"] == ["batch", 4, 2]
     assert about["action"] == {"low": [-1, -1], "high": [1, 1]} and len(about["observation"]["data_low"]) == 4
     assert about["scores"].keys() == {"data", "policy"}, "what its own weights were measured at"
+    assert about["versions"]["torch"] == metadata.version("torch")
+    if to == "torch-export":
+        (inside,) = [name for name in ZipFile(done.path).namelist() if name.endswith("/extra/modip.json")]
+        assert json.loads(ZipFile(done.path).read(inside)) == about, "as docs/export.md reads it without torch"
     assert about["scores"]["policy"]["mean"] == summary["scores"]["policy"]["mean"] and about["config_hash"] == summary["config_hash"]
     assert about["env_steps"] == summary["env_steps"] and about["checkpoint"].startswith("step_")
 

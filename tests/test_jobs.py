@@ -22,6 +22,7 @@ from modip_ray.cli import parser
 from modip_ray.cli.submitted import check_name, on_cluster, prepare, shell_word, submission
 from modip_ray.config import ConfigError
 from modip_ray.jobs import client as jobs
+from modip_ray.jobs import fetch as fetch_module
 from modip_ray.jobs import send as jobs_send
 from modip_ray.jobs.client import JobError
 from modip_ray.jobs.fetch import MARK, Receiver, check_target, replace, unpack
@@ -275,7 +276,7 @@ def sent(folder: Path, checkpoints: bool = True) -> str:
 def run(tmp_path):
     folder = tmp_path / "run"
     for name, text in {"config.yaml": "a: 1", "checkpoints/step_1/done": "", "checkpoints/step_2/part.npz": "half", "report/index.html": "x" * 200_000,
-                       ".lock": ""}.items():
+                       "journal/replay/part_0000001": "acknowledged", ".lock": ""}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "checkpoints" / "step_1" / "replay.npz").write_bytes(os.urandom(200_000))
@@ -301,17 +302,18 @@ def test_a_folder_survives_the_log_whole(run, tmp_path):
     assert set(files(tmp_path / "small")) == {"config.yaml", "report/index.html"}
 
 
-def test_a_checkpoint_that_the_run_drops_meanwhile_arrives_whole(run, tmp_path, monkeypatch):
+def test_a_checkpoint_that_the_run_drops_meanwhile_arrives_whole_with_the_journal_after_it(run, tmp_path, monkeypatch):
     """Removed when the first file is on its way."""
     line = jobs_send.Lines.line
 
     def dropped(self, size):
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        for name in ("checkpoints", "journal"):
+            shutil.rmtree(run / name, ignore_errors=True)
         line(self, size)
     monkeypatch.setattr(jobs_send.Lines, "line", dropped)
     whole = {k: v for k, v in files(run).items() if "step_2" not in k}
     unpack(received(tmp_path, sent(run)).path, tmp_path / "back")
-    assert files(tmp_path / "back") == whole and "checkpoints/step_1/replay.npz" in whole
+    assert files(tmp_path / "back") == whole and {"checkpoints/step_1/replay.npz", "journal/replay/part_0000001"} <= set(whole)
 
 
 def test_damage_on_the_way_is_noticed(run, tmp_path):
@@ -355,3 +357,50 @@ def test_only_an_earlier_copy_is_replaced(tmp_path):
     (new / "theirs").write_text("2")
     replace(new, target)
     assert [p.name for p in target.iterdir()] == ["theirs"]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """The run folders of a cluster that is not there: name -> {file: text}."""
+    runs = {}
+
+    def start(client, job_id, run_dir, python, checkpoints, folder, received):
+        for name, text in runs[run_dir].items():
+            (folder / "sent" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "sent" / name).write_text(text)
+        received.take(sent(folder / "sent"))
+    monkeypatch.setattr(fetch_module, "start", start)
+    monkeypatch.setattr(fetch_module, "end", lambda client, job_id: None)
+    client = type("Client", (), {"get_address": lambda self: "http://head:8265"})()
+    return runs, lambda run_dir, target: fetch_module.fetch(client, run_dir, target, "python")
+
+
+def test_what_was_made_in_a_copy_outlives_the_next_fetch(cluster, tmp_path):
+    (runs, fetch), copy = cluster, tmp_path / "runs" / "r"
+    runs["~/r"] = {"config.yaml": "1", "summary.json": "old", "report/index.html": "theirs"}
+    fetch("~/r", copy)
+    for name in ("export/policy.onnx", "report/comparison.html", "report/index.html", "scores.json"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("mine")
+    (copy / "export" / "newest").symlink_to("policy.onnx")
+    runs["~/r"] = {"config.yaml": "2", "report/index.html": "newer"}
+    for _ in range(2):
+        fetch("~/r", copy)
+        assert files(copy) == {"config.yaml": b"2", "report/index.html": b"newer", "export/policy.onnx": b"mine", "export/newest": b"mine",
+                               "report/comparison.html": b"mine", "scores.json": b"mine"}, "what the run itself has dropped is gone"
+    assert (copy / "export" / "newest").is_symlink()
+    mark = json.loads((copy / MARK).read_text())
+    (copy / MARK).write_text(json.dumps({k: v for k, v in mark.items() if k != "files"}))
+    fetch("~/r", copy)
+    assert set(files(copy)) == {"config.yaml", "report/index.html", "report/comparison.html", "export/policy.onnx", "export/newest"}, "an older version's mark"
+
+
+def test_a_copy_of_another_run_in_which_something_was_made_is_refused(cluster, tmp_path):
+    (runs, fetch), copy = cluster, tmp_path / "copy"
+    runs |= {"~/a": {"config.yaml": "a"}, "~/b": {"config.yaml": "b"}}
+    fetch("~/a", copy)
+    fetch("~/b", copy)
+    (copy / "mine.txt").write_text("1")
+    with pytest.raises(JobError, match=r"is a copy of ~/b, not of ~/a, and holds what was made in it here \(mine.txt\)"):
+        fetch("~/a", copy)
+    assert (copy / "mine.txt").read_text() == "1" and (copy / "config.yaml").read_text() == "b"

@@ -1,6 +1,7 @@
 """`modip serve`: one real server for all tests over HTTP, ended by Ctrl-C in the last one; the engine and the checks as plain objects."""
 
 import asyncio
+import http.client
 import os
 import re
 import shutil
@@ -138,6 +139,36 @@ def test_a_newer_checkpoint_acts(server):
         while client.act(ROWS).shape == (5, 2, 2) and client.version != later.name:
             assert time.monotonic() < deadline, client.info()
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize("last", ["", "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"])
+def test_a_client_whose_server_was_away_asks_it_again_as_if_nothing_had_been(last):
+    """It closes the connection and is gone, or it ends in the middle of an answer; then there is one at that address again."""
+    listener, answer = socket.create_server(("127.0.0.1", 0)), 'HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"obs_dim": 4}'
+    address = listener.getsockname()
+
+    def serve(listener, answers):
+        connection, _ = listener.accept()
+        listener.close()
+        for text in answers:
+            connection.recv(2**16)
+            connection.sendall(text.encode())
+        connection.close()
+
+    def started(listener, answers):
+        thread = threading.Thread(target=serve, args=(listener, answers), daemon=True)
+        thread.start()
+        return thread
+    serving = started(listener, [answer, *([last] if last else [])])
+    with PolicyClient(f"http://127.0.0.1:{address[1]}", timeout_s=10.0) as client:
+        assert client.info() == {"obs_dim": 4}
+        if not last:
+            serving.join(10)
+        with pytest.raises((OSError, http.client.HTTPException)):
+            client.info()
+        serving.join(10)
+        started(socket.create_server(address), [answer])
+        assert client.info() == {"obs_dim": 4}
 
 
 def test_bytes_of_another_shape_are_not_sent_as_other_rows(monkeypatch):

@@ -60,6 +60,7 @@ def same(a: Path, b: Path, seeds=(0,)) -> bool:
     ({"online.env_steps": 0}, ["online.env_steps", "online phase"]),
     ({"cpus": -1}, ["cpus", "-1"]),
     ({"resources.device": "cuda"}, ["gpus", "cuda"]),
+    ({"gpus": 1.5}, ["gpus", "got 1.5", "whole number"]),
 ])
 def test_a_configuration_that_cannot_run_says_what_and_names_the_nearest(extra, words):
     with pytest.raises(ConfigError) as error:
@@ -73,6 +74,7 @@ def test_seeds_and_settings_of_a_trial():
     member = settings.member(1)
     assert member.seed == 1 and member.serial and member.resources.device == "cpu"
     assert trial_settings({"seeds": [4, 7]}).seeds == (4, 7)
+    assert trial_settings({"gpus": 0.5, "resources.device": "cuda:3"}).member(0).resources.device == "cuda", "the one that Ray gave it, which is its first"
 
 
 def test_spaces_are_checked_at_their_extremes_and_mutations_by_name():

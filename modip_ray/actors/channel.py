@@ -23,6 +23,7 @@ LENGTH = struct.Struct("<I")
 QUESTION = struct.Struct("<iiI8s")              # slot, group, rows n, incarnation; then obs (n, Do) float32, reset (n,) bool
 ANSWER = struct.Struct("<BqIII")                # status, weight version, c, H, Da; then actions (n, c, Da), plans (n, H, Da), gains (n,), all float32
 FAILED = struct.Struct("<B")                    # status; then what happened, as text
+KINDS = (RuntimeError, FloatingPointError)      # by status 1, 2: what is raised where the answer is taken; a policy that has diverged is no error of ours
 NONCE = 32
 LIMIT = 1 << 26                                 # bytes of a message: more is no message of ours
 
@@ -53,13 +54,19 @@ def pack_planned(planned: Planned) -> bytes:
 
 
 def unpack_planned(data: bytes, n: int) -> Planned:
-    """RuntimeError with the planner's own words where it failed."""
+    """RuntimeError with the planner's own words where it failed, FloatingPointError where its policy has diverged."""
     if data[0]:
-        raise RuntimeError(data[FAILED.size:].decode())
+        raise KINDS[data[0] - 1](data[FAILED.size:].decode())
     _, version, c, h, da = ANSWER.unpack_from(data)
     flat = np.frombuffer(data, "<f4", offset=ANSWER.size).copy()
     actions, plans, gains = np.split(flat, [n * c * da, n * (c + h) * da])
     return Planned(actions.reshape(n, c, da), plans.reshape(n, h, da), gains, version)
+
+
+def pack_error(error: Exception) -> bytes:
+    """Its kind and its words, where the kind is one of KINDS; else words alone, which begin with its name."""
+    kind = next((i for i, known in enumerate(KINDS[1:], 2) if isinstance(error, known)), 1)
+    return FAILED.pack(kind) + (f"{error}" if kind > 1 else f"{type(error).__name__}: {error}").encode()
 
 
 def proof(key: bytes, nonce: bytes) -> bytes:
@@ -103,7 +110,7 @@ class Server:
                     query = unpack_query(data)
                     reply = pack_planned(await self.answer(query))
                 except Exception as error:                                          # whatever it was, the one who asked must hear of it
-                    reply = FAILED.pack(1) + f"{type(error).__name__}: {error}".encode()
+                    reply = pack_error(error)
                 writer.write(LENGTH.pack(len(reply)) + reply)
         except (asyncio.IncompleteReadError, ConnectionError):                      # the worker is gone
             pass

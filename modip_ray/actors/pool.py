@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from modip_ray.actors.errors import raise_cause
 from modip_ray.actors.placement import options
@@ -144,7 +144,7 @@ class RolloutPool:
             found = ray.get(ref)
         except RayTaskError as error:
             raise_cause(error, slot.name)
-        except RayActorError as error:
+        except RayError as error:                                                   # not RayActorError alone: out of memory is none
             self.drop(slot, f"died ({type(error).__name__})")
             return
         if ref == slot.hello:
@@ -222,7 +222,7 @@ class RolloutPool:
                     self.note(slot, ray.get(ref))
             except RayTaskError as error:
                 raise_cause(error, slot.name)
-            except RayActorError as error:
+            except RayError as error:
                 self.drop(slot, f"was lost while it sent its last segments ({type(error).__name__})")
 
     def stored(self, env_steps: int) -> None:

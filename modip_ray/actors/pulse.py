@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import ray
 from ray._private import state
 from ray._private.worker import global_worker
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from modip_ray.runfolder import rss_mb
 from modip_ray.timing import WAIT, Timer
@@ -66,8 +66,11 @@ class Heart:
         self.silent_s = 0.0                                                         # since the question, less what the driver itself was away
         self.rested_s = every_s                                                     # since the last answer
 
-    def beat(self, elapsed_s: float) -> Pulse | RayActorError | None:
-        """Call it again and again, with the seconds since the last time; the answer or the error that came, if one did."""
+    def beat(self, elapsed_s: float) -> Pulse | RayError | None:
+        """Call it again and again, with the seconds since the last time; the answer, or the error by which Ray says that it is gone, if one came.
+
+        Ray has several for a death: ActorDiedError, OutOfMemoryError (its memory monitor), RuntimeEnvSetupError, ...
+        """
         if self.asked is None:
             self.rested_s += elapsed_s
             if self.rested_s >= self.every_s:
@@ -80,7 +83,9 @@ class Heart:
         self.asked, self.rested_s, self.silent_s = None, 0.0, 0.0
         try:
             return ray.get(ready[0])
-        except RayActorError as error:
+        except RayTaskError:                                                        # the method's own error: the process lives
+            raise
+        except RayError as error:
             self.rested_s = self.every_s                                            # ask at once: when does it serve again?
             return error
 

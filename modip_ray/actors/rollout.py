@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from modip_ray.actors.channel import Connection
 from modip_ray.actors.pulse import GROUP, PULSE, Life, Pulse
@@ -48,6 +49,12 @@ class Group:
         self.collector, self.client = collector, client
         self.line: Connection | None = None
         self.asked = False
+        self.numbers: Counter[int] = Counter()                                      # segments sent, by shard
+
+    def renamed(self, segments: list[Segment], shard: int) -> list[Segment]:
+        """The same, numbered from 0 for each shard: where numbers of a sender are left out, a shard has to remember every single one (`SeenIds`)."""
+        first, self.numbers[shard] = self.numbers[shard], self.numbers[shard] + len(segments)
+        return [replace(segment, id=f"{self.collector.name}.s{shard}/{first + k}") for k, segment in enumerate(segments)]
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=GROUP)
@@ -120,7 +127,8 @@ class RolloutWorker:
     def send(self, group: Group, segments: list[Segment]) -> None:
         self.returns += [episode.ret for episode in group.collector.take_episodes()]
         if segments:
-            shard, self.sent = self.replays[self.sent % len(self.replays)], self.sent + 1
+            i, self.sent = self.sent % len(self.replays), self.sent + 1
+            segments, shard = segments if len(self.replays) == 1 else group.renamed(segments, i), self.replays[i]
             self.acks.append((shard.add.remote(segments), shard, segments))
 
     def take_ack(self) -> Any:
@@ -149,7 +157,11 @@ class RolloutWorker:
             if group.line is None:
                 group.line = Connection(self.get(self.planner.address.remote()), self.key, self.cfg.resources.call_timeout_s)
             group.line.send(Query(group.client, self.incarnation, group.collector.obs, group.collector.reset))
-        except (OSError, RayActorError):
+        except OSError:
+            self.hang_up(group)
+        except RayTaskError:
+            raise
+        except RayError:
             self.hang_up(group)
 
     def answer(self, group: Group) -> Planned:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from modip_ray.actors.errors import raise_cause, short
 from modip_ray.actors.pulse import Heart, Life, Pulse
@@ -26,6 +26,7 @@ from modip_ray.timing import Timer
 
 LOOK_S = 0.5                        # how often the roles are looked at while the driver waits for something
 PULSES = 5                          # pulses within the time after which a silent actor counts as stopped
+FOR_GOOD = ActorDiedError, RuntimeEnvSetupError, ActorUnschedulableError             # what Ray says of an actor that it does not start again
 HOPELESS = 8                        # deaths of a role in a row, without an environment step or update between, that end the run
 PROCESSES = "processes.json"
 
@@ -35,10 +36,12 @@ def no_pulses(elapsed_s: float) -> dict[str, Pulse]:
 
 
 class Role:
-    """One actor that Ray restarts. revived: called once a new incarnation serves, to give it what only the driver knows."""
+    """One actor that Ray restarts. revived: called once a new incarnation serves, to give it what only the driver knows. spare: others of its group can do
+    its work.
+    """
 
-    def __init__(self, name: str, group: str, actor: Any, every_s: float, revived: Callable[[], None] | None):
-        self.name, self.group, self.actor, self.revived = name, group, actor, revived
+    def __init__(self, name: str, group: str, actor: Any, every_s: float, revived: Callable[[], None] | None, spare: bool = False):
+        self.name, self.group, self.actor, self.revived, self.spare = name, group, actor, revived, spare
         self.heart = Heart(actor, every_s)
         self.pulse: Pulse | None = None                                             # the last one; None: it never served
         self.why, self.away_since = "", 0.0                                         # why: "" while it serves
@@ -62,8 +65,8 @@ class Supervisor:
         self.restarts: dict[str, int] = {}                                          # by group, those of roles that are gone included
         self.progress, self.looked_at, self.written = (0, 0, 0), time.monotonic(), ""
 
-    def add(self, name: str, group: str, actor: Any, revived: Callable[[], None] | None = None) -> Any:
-        self.roles[name] = Role(name, group, actor, self.resources.silent_s / PULSES, revived)
+    def add(self, name: str, group: str, actor: Any, revived: Callable[[], None] | None = None, spare: bool = False) -> Any:
+        self.roles[name] = Role(name, group, actor, self.resources.silent_s / PULSES, revived, spare)
         self.restarts.setdefault(group, 0)
         return actor
 
@@ -73,6 +76,16 @@ class Supervisor:
             if role.group == group:
                 ray.kill(role.actor)
                 del self.roles[name]
+
+    def replace(self, name: str, start: Callable[[], Any], why: str) -> None:
+        """Have another actor in the place of one that is away or hangs. That one is gone for good, with the calls that Ray would make again."""
+        role = self.roles[name]
+        ray.kill(role.actor)
+        if not role.away:
+            self.lost(role, why)
+        if name in self.roles:
+            role.actor = start()
+            role.heart = Heart(role.actor, role.heart.every_s)
 
     @property
     def away(self) -> list[Role]:
@@ -96,10 +109,10 @@ class Supervisor:
             found = role.heart.beat(elapsed)
             if isinstance(found, Pulse):
                 self.heard(role, found)
-            elif isinstance(found, ActorDiedError):
+            elif isinstance(found, FOR_GOOD):
                 self.give_up(role, f"died and cannot be started again ({short(found)})")
             elif found is not None:
-                self.lost(role, "died")
+                self.lost(role, "died" if isinstance(found, RayActorError) else f"died ({type(found).__name__})")
             elif role.away and now - role.away_since > self.resources.restart_s:
                 self.give_up(role, f"{role.why} and does not serve again since {self.resources.restart_s:g} s (resources.restart_s)")
             elif role.away or role.pulse is None or role.heart.silent_s < LOOK_S:
@@ -128,10 +141,13 @@ class Supervisor:
         if role.deaths >= HOPELESS:
             self.give_up(role, f"died {role.deaths} times in a row without any progress between; look at the memory of its node and at Ray's logs")
 
-    def give_up(self, role: Role, why: str) -> NoReturn:
-        """The run ends. The role is forgotten, so that a last checkpoint of what is left can be tried."""
+    def give_up(self, role: Role, why: str) -> None:
+        """The role is forgotten. RoleLost, unless another one serves that can do its work: a last checkpoint of what is left can be tried."""
         ray.kill(role.actor)
         del self.roles[role.name]
+        if role.spare and any(other.group == role.group and other.pulse is not None and not other.away for other in self.roles.values()):
+            self.incidents.append(f"{role.name} {why}; others do its work")
+            return
         raise RoleLost(f"{role.name} {why}; the same command resumes from the last checkpoint")
 
     def heard(self, role: Role, pulse: Pulse) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError, RayTaskError
 
 from modip_ray.actors.cluster import Cluster
 from modip_ray.actors.evaluators import AT_ONCE_S, Evaluators
@@ -285,7 +285,9 @@ class RaySystem:
         for ref in ready:
             try:
                 found.append(ray.get(ref) | {"replica": asked[ref]})
-            except RayActorError:
+            except RayTaskError:
+                raise
+            except RayError:
                 continue
         return found
 

@@ -1,6 +1,6 @@
 """Short speed measurements, each beside a reference measured in the same run and the newest earlier result: a table and a JSON file. Gates nothing.
 
-`modip bench {planner,learner,replay,envs,weights,e2e,all} [--json FILE]`. Only e2e starts Ray. To add a group of measurements,
+`modip bench {planner,learner,replay,envs,weights,e2e,channel,scale,all} [--json FILE]`. e2e, channel and scale start Ray. To add a group of measurements,
 write a function (Setting) -> list[Row] and decorate it with @bench("name").
 """
 

@@ -89,6 +89,9 @@ def scale_rules(cfg: Config) -> None:
     need(replay.shards == 1 or not cfg.serial, "replay.shards", replay.shards, "must be 1 in serial mode, which has one replay")
     n = cfg.resources.learner_replicas
     need(n == 1 or not cfg.serial, "resources.learner_replicas", n, "must be 1 in serial mode, which has one process")
+    for role, gpus, share in (("planner", cfg.resources.planner_gpus, 1), ("learner", cfg.resources.learner_gpus, 2)):
+        rule = f"gives {gpus / share:g} to each of the two learners' processes, which must be" if share > 1 else "must be"
+        need(cfg.one_process or divisible(gpus / share), f"resources.{role}_gpus", gpus, f"{rule} at most 1 or a whole number: Ray divides only single GPUs")
     for name, rows in (("world_model", cfg.world_model.batch_size), ("policy", cfg.policy.batch_size)):
         need(rows % n == 0, "resources.learner_replicas", n, f"must divide {name}.batch_size={rows} evenly: each process takes its share of the rows")
     for role, wanted in cfg.resources.placement.items():
@@ -186,6 +189,11 @@ def dppo_rules(cfg: Config) -> None:
 def value_at(tree: dict[str, Any], dotted: str) -> Any:
     section, name = dotted.split(".")
     return tree[section][name]
+
+
+def divisible(gpus: float) -> bool:
+    """Whether Ray can give a process so many."""
+    return gpus <= 1 or gpus == int(gpus)
 
 
 def need(ok: bool, field: str, got: Any, rule: str) -> None:

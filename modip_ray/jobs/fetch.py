@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 import secrets
 import shlex
 import shutil
@@ -21,12 +22,17 @@ from modip_ray.jobs.client import Client, JobError, follow, plain_errors
 from modip_ray.jobs.send import END, FAILED, PREFIX
 from modip_ray.runfolder import LOCK
 
-MARK = "fetched.json"               # in a local copy: whose it is, and that it may be replaced
+MARK = "fetched.json"               # in a local copy: whose it is, which files came with it, and that it may be replaced
+MADE_HERE = "export", "report"      # folders of what may have been made in a copy whose mark does not say which files came with it
 
 
 def fetch(client: Client, run_dir: str, target: Path, python: str, checkpoints: bool = True) -> int:
-    """Copy `run_dir` of the cluster to `target`, replacing an earlier copy at once when all of it is here; returns the bytes that came over the line."""
+    """Copy `run_dir` of the cluster to `target`, replacing an earlier copy at once when all of it is here; returns the bytes that came over the line.
+
+    What was made in that copy stays, unless the run has a file of that name.
+    """
     check_target(target)
+    check_same_run(target, run_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
         received = Receiver(Path(folder) / "run.tar.gz")
@@ -38,7 +44,9 @@ def fetch(client: Client, run_dir: str, target: Path, python: str, checkpoints: 
         received.check(info, run_dir)
         unpacked = Path(folder) / "run"
         unpack(received.path, unpacked)
-        (unpacked / MARK).write_text(json.dumps({"address": client.get_address(), "run_dir": run_dir, "checkpoints": checkpoints}))
+        facts = {"address": client.get_address(), "run_dir": run_dir, "checkpoints": checkpoints, "files": files_in(unpacked)}
+        (unpacked / MARK).write_text(json.dumps(facts))
+        keep(made_here(target), target, unpacked)
         replace(unpacked, target)
         return received.size
 
@@ -48,6 +56,42 @@ def check_target(target: Path) -> None:
     if target.exists() and (not (target / MARK).is_file() or (target / LOCK).exists()):             # hidden files do not travel: a lock is of this machine
         what = "is a copy that was trained further here" if (target / MARK).is_file() else "exists here and is no copy fetched earlier"
         raise JobError(f"{target}: {what}; move it away, or name another place (jobs fetch: --to, submit: another run_dir)")
+
+
+def check_same_run(target: Path, run_dir: str) -> None:
+    """JobError where `target` is a copy of another run and something was made in it, which belongs to that one."""
+    made, earlier = made_here(target), mark_of(target).get("run_dir")
+    if made and earlier not in (None, run_dir):
+        more = f" and {len(made) - 3} more" if len(made) > 3 else ""
+        raise JobError(f"{target}: is a copy of {earlier}, not of {run_dir}, and holds what was made in it here ({', '.join(made[:3])}{more}); move it away, "
+                       "or name another place (jobs fetch: --to, submit: another run_dir)")
+
+
+def mark_of(target: Path) -> dict:
+    try:
+        found = json.loads((target / MARK).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def files_in(folder: Path) -> list[str]:
+    """Paths of all files, relative to the folder; links are not followed."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+
+
+def made_here(target: Path) -> list[str]:
+    """Files of a copy that did not come with it: exports, reports, whatever else was put there since."""
+    came = mark_of(target).get("files")
+    return [name for name in files_in(target) if name != MARK and (name not in set(came) if came is not None else Path(name).parts[0] in MADE_HERE)]
+
+
+def keep(names: list[str], old: Path, new: Path) -> None:
+    """Copy files of the old folder that the new one lacks into it."""
+    for name in names:
+        if not os.path.lexists(new / name):
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(old / name, new / name, follow_symlinks=False)
 
 
 def start(client: Client, job_id: str, run_dir: str, python: str, checkpoints: bool, folder: Path, received: Receiver) -> JobDetails:

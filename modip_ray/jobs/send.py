@@ -22,6 +22,7 @@ from pathlib import Path
 PREFIX, END, FAILED = "modip-data ", "modip-end ", "modip-failed "
 LINE_BYTES = 49_152                  # 65,536 characters: the log is passed on line by line, at most 4 MB at once
 WAIT_S = 600.0
+HELD = "checkpoints", "journal"      # opened before the first file is sent: the run may drop them meanwhile, and a checkpoint needs the journal after it
 
 
 class Lines(io.RawIOBase):
@@ -70,7 +71,7 @@ def files_of(folder: Path, checkpoints: bool) -> list[Path]:
 
 def send(folder: Path, checkpoints: bool, out) -> None:
     lines, files = Lines(out), files_of(folder, checkpoints)
-    held = {path: file for path in files if path.parts[len(folder.parts)] == "checkpoints" and (file := opened(path)) is not None}
+    held = {path: file for path in files if path.parts[len(folder.parts)] in HELD and (file := opened(path)) is not None}
     with gzip.GzipFile(fileobj=lines, mode="wb", compresslevel=1) as packed, tarfile.open(fileobj=packed, mode="w|") as archive:
         for path in files:
             file = held.pop(path, None) or opened(path)
@@ -82,7 +83,7 @@ def send(folder: Path, checkpoints: bool, out) -> None:
 
 
 def opened(path: Path):
-    """None for a file that was removed since it was listed. Those of checkpoints are opened before the first is sent: the run may drop them meanwhile."""
+    """None for a file that was removed since it was listed."""
     try:
         return open(path, "rb")
     except FileNotFoundError:

@@ -32,12 +32,18 @@ class Spec:
 
 
 def device_of(cfg: Config, gpus: float | None = None) -> torch.device:
-    """The device of a role; `gpus` is what it was given (None: not under Ray). "auto" takes CUDA where it exists; a role without a GPU computes on the CPU."""
+    """The device of a role; `gpus` is what it was given (None: not under Ray). "auto" takes CUDA where it exists; a role without a GPU computes on the CPU.
+
+    cuda:N is a GPU of the machine only where this is the one process; Ray shows a role the GPU that it gave it and no other.
+    """
     wanted = cfg.resources.device
     if gpus == 0 or wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda" if wanted == "auto" else wanted)
+        device, there = torch.device("cuda" if wanted == "auto" or gpus else wanted), torch.cuda.device_count()
+        if device.index is not None and device.index >= there:
+            raise ConfigError(f"resources.device: got {wanted!r}, but this machine has {there} CUDA device(s), counted from cuda:0; use one of those")
+        return device
     if wanted != "auto":
         raise ConfigError(f"resources.device: got {wanted!r}, but this machine has no CUDA device; use cpu or auto")
     return torch.device("cpu")

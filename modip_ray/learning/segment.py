@@ -21,7 +21,7 @@ class Segment:
     terminated: bool           # the last step ended the episode for real; False: time limit, or the episode goes on in a later segment
     plans: np.ndarray | None = None   # (T, H, Da) planned sequences
     gains: np.ndarray | None = None   # (T,) predicted gain of each plan over the policy's own proposals (NaN where nothing was planned)
-    id: str = ""               # worker/incarnation/number: a segment sent twice is stored once
+    id: str = ""               # worker/incarnation/number: a segment sent twice is stored once; one of replay.shards has numbers of its own
 
     @staticmethod
     def from_episode(episode: Episode) -> Segment:
@@ -29,7 +29,7 @@ class Segment:
 
     @property
     def incarnation(self) -> str:
-        """Of the worker that made it, by the id "worker/incarnation.group/number"; "" where the id has none."""
+        """Of the worker that made it, by the id "worker/incarnation.group.shard/number"; "" where the id has none."""
         parts = self.id.split("/")
         return parts[1].partition(".")[0] if len(parts) == 3 else ""
 
@@ -54,7 +54,7 @@ def decode(data: bytes) -> Segment:
 
 @dataclass
 class SeenIds:
-    """Ids that were stored. A sender counts its segments from 0, so a number for each sender, and the few that came out of turn, say it all."""
+    """Ids that were stored. A sender counts its segments from 0, for each shard, so a number for each sender, and the few that came out of turn, say it all."""
 
     below: dict[str, int] = field(default_factory=dict)             # by sender ("worker/incarnation"): all numbers below this one were seen
     early: dict[str, set[int]] = field(default_factory=dict)        # and these beyond it

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modip_ray.config import Config, ConfigError, load, nearest
+from modip_ray.config.rules import divisible
 from modip_ray.runfolder import saved_config
 from modip_ray.start import ELSEWHERE, ONLINE_ONLY, belongs, flat, offline_differences
 
@@ -41,9 +42,10 @@ class TrialSettings:
     gpus: float
 
     def member(self, seed: int) -> Config:
-        """One seed's settings, as it runs in the trial's process: without a GPU it does not look for one."""
-        r = self.cfg.resources
-        return self.cfg.replace({"seed": seed, "serial": True, "resources.device": "cpu" if self.gpus == 0 and r.device == "auto" else r.device})
+        """One seed's settings, as it runs in the trial's process: without a GPU it does not look for one, and of several it sees the one that Ray gave it."""
+        device = self.cfg.resources.device
+        here = "cpu" if self.gpus == 0 and device == "auto" else "cuda" if device.startswith("cuda") else device
+        return self.cfg.replace({"seed": seed, "serial": True, "resources.device": here})
 
 
 def trial_settings(params: Mapping[str, Any]) -> TrialSettings:
@@ -72,6 +74,8 @@ def settled(base: Config, search: Mapping[str, Any], dotted: Mapping[str, Any]) 
         check_online_only(base, cfg, start)
     if gpus == 0 and cfg.resources.device.startswith("cuda"):
         raise ConfigError(f"gpus: got 0, but resources.device is {cfg.resources.device!r}; give each trial a GPU (or a fraction), or use device auto")
+    if not divisible(gpus):
+        raise ConfigError(f"gpus: got {gpus:g}, must be at most 1 or a whole number: Ray divides only single GPUs")
     if cfg.online.env_steps < 1:
         raise ConfigError(f"online.env_steps: got {cfg.online.env_steps}, a trial must have an online phase; set it in the search")
     steps = search.get("steps_per_iteration", max(1, cfg.online.env_steps // 5))

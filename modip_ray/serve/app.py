@@ -129,6 +129,6 @@ def build(args: Mapping[str, str]) -> Application:
 
 
 def application(run: Path, mode: EvalMode, overrides: Mapping[str, Any], seed: int, follow_s: float, gpus: float = 0.0) -> Application:
-    """max_ongoing_requests: how many may wait for their batch."""
+    """max_ongoing_requests: how many may wait for their batch. gpus: above 0 where the settings ask for one; the replica sees the one that it gets alone."""
     deployment = serve.deployment(Server, name="policy", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 1, "num_gpus": gpus})
-    return deployment.bind(str(run.resolve()), mode, dict(overrides), seed, follow_s)
+    return deployment.bind(str(run.resolve()), mode, dict(overrides) | ({"resources.device": "cuda"} if gpus else {}), seed, follow_s)

@@ -75,21 +75,24 @@ class PolicyClient:
     def request(self, method: str, path: str, body: bytes | None = None, content_type: str | None = None) -> tuple[bytes, http.client.HTTPMessage]:
         headers = NO_WATCH | ({"Content-Type": content_type} if content_type else {})
         try:
-            self.line.request(method, path, body, headers)
-            response = self.line.getresponse()
-        except GONE:                                                                # once more on a new connection: asking twice does no harm
-            self.line.close()
-            self.line.request(method, path, body, headers)
-            response = self.line.getresponse()
+            try:
+                response, text = self.exchange(method, path, body, headers)
+            except GONE:                                                            # once more on a new connection: asking twice does no harm
+                self.line.close()
+                response, text = self.exchange(method, path, body, headers)
         except (OSError, http.client.HTTPException):
-            self.line.close()                                                       # what comes late would be taken for the next answer
+            self.line.close()                                                       # what comes late, or what is left half done, would be the next call's
             raise
-        text = response.read()
         if 400 <= response.status < 500:
             raise RefusedError(response.status, json.loads(text))
         if response.status != 200:
             raise RuntimeError(f"{method} {path}: the server answered {response.status} {text[:500].decode(errors='replace')}")
         return text, response.headers
+
+    def exchange(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
+        self.line.request(method, path, body, headers)
+        response = self.line.getresponse()
+        return response, response.read()
 
     def close(self) -> None:
         self.line.close()

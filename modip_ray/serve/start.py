@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from modip_ray.actors.cluster import THREADS, private_ray
 from modip_ray.config import ConfigError
 from modip_ray.learning.build import device_of
@@ -25,6 +27,7 @@ from modip_ray.runfolder import RunError
 LOOPBACK = "127.0.0.1"
 FOLLOW_S = 10.0
 LOOK_S = 5.0
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 UNASSIGNED = range(20_000, 30_000)
 NAME = "modip"
 QUIET = {"log_level": "ERROR", "enable_access_log": False}                          # a line for each request costs a fourth of its processor time
@@ -37,10 +40,11 @@ def served(run: Path, mode: EvalMode = "policy", host: str = LOOPBACK, port: int
     if importlib.util.find_spec("starlette") is None:
         raise RunError("serving needs Ray Serve, not installed here: pip install 'modip_ray[serve]'")
     cfg = load(run, mode, seed, overrides).cfg                                      # its errors at once, and here
-    port, gpus = free_port(host, port), float(device_of(cfg).type == "cuda")
+    device, port = device_of(cfg), free_port(host, port)
+    gpus = float(device.type == "cuda")
     threads = {name: str(cfg.resources.torch_threads) for name in THREADS}
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    with private_ray(threads | direct(port), num_cpus=max(2, os.cpu_count() or 1), num_gpus=gpus or None, **quiet):
+    with alone(device), private_ray(threads | direct(port), num_cpus=max(2, os.cpu_count() or 1), num_gpus=gpus or None, **quiet):
         from ray import serve
 
         from modip_ray.serve.app import application
@@ -52,6 +56,19 @@ def served(run: Path, mode: EvalMode = "policy", host: str = LOOPBACK, port: int
             said = [line for d in serve.status().applications[NAME].deployments.values() for line in d.message.splitlines() if line.strip()]
             raise RunError(f"the server did not start: {said[-1].strip() if said else error}") from error
         yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """What starts in the block sees this GPU and no other, where its number was given: Ray deals out the first one that it sees."""
+    before = os.environ.get(VISIBLE)
+    if device.index is not None:
+        os.environ[VISIBLE] = before.split(",")[device.index] if before else str(device.index)
+    try:
+        yield
+    finally:
+        os.environ.pop(VISIBLE, None)
+        os.environ.update({VISIBLE: before} if before is not None else {})
 
 
 def wait() -> None:

@@ -76,6 +76,10 @@ def test_an_error_goes_to_the_one_who_asked_and_the_line_stays(server):
     line.send(query())
     with pytest.raises(RuntimeError, match="ValueError: observation is nan in column 3"):
         line.receive(3)
+    server["fail"] = FloatingPointError("planner: the policy of weight version 7 proposes actions that are not finite")
+    line.send(query())
+    with pytest.raises(FloatingPointError, match="^planner: the policy of weight version 7"):
+        line.receive(3)
     server["fail"] = None
     line.send(query())
     assert line.receive(3).version == 7

@@ -81,7 +81,14 @@ def run(tmp_path_factory):
         facts |= {"gauges": system.gauges(), "replay": system.replay_status(), "incidents": steps.incidents, "status": steps.status}
         facts["acknowledged"], facts["file"] = dict(system.pool.acknowledged), json.loads((folder / "live" / "processes.json").read_text())
         facts["listed"] = system.processes()
-        facts["report"] = system.evaluate(jobs_for("bc", 2, 5) + jobs_for("policy", 2, 5), lambda outcome: None)
+        steps.until(lambda: system.processes().get("evaluator"))
+        evaluator, told = system.processes()["evaluator"][0], []
+
+        def progress(outcome):                                                      # killed after its first outcome, before it is given the next job
+            if not told:
+                os.kill(evaluator, signal.SIGKILL)
+            told.append(outcome)
+        facts["report"], facts["told"] = system.evaluate(jobs_for("bc", 2, 5) + jobs_for("policy", 2, 5), progress), told
     finally:
         system.close()
     journal = Journal(folder / "journal" / "replay")
@@ -121,4 +128,9 @@ def test_stopped_processes_are_replaced_for_good(run):
 
 def test_processes_are_listed_for_who_looks_from_outside(run):
     assert run["file"] == run["listed"] and {*ROLES, "rollout", "driver"} == set(run["file"])
-    assert {o.job.mode for o in run["report"].outcomes} == {"bc", "policy"}
+
+
+def test_the_evaluation_at_the_end_outlives_the_death_of_an_evaluator(run):
+    jobs = jobs_for("bc", 2, 5) + jobs_for("policy", 2, 5)
+    assert run["told"] == run["report"].outcomes and run["report"].diagnostics
+    assert sorted((o.job.mode, o.job.seeds) for o in run["report"].outcomes) == sorted((job.mode, job.seeds) for job in jobs)

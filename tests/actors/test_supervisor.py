@@ -1,7 +1,9 @@
 import pytest
+from ray.exceptions import OutOfMemoryError, RayTaskError, RuntimeEnvSetupError
 
+from modip_ray.actors import pulse as pulse_module
 from modip_ray.actors import supervisor as module
-from modip_ray.actors.pulse import Life, Pulse
+from modip_ray.actors.pulse import Heart, Life, Pulse
 from modip_ray.actors.supervisor import HOPELESS, Supervisor
 from modip_ray.actors.watchdog import AGAIN_S, STUCK_S, Usage, Watchdog
 from modip_ray.config import load
@@ -52,6 +54,34 @@ def test_a_dead_role_is_waited_for_and_said_once_it_serves_again(watched):
     (line,) = s.take_incidents()
     assert line.startswith("the planner died; it serves again after 0.") and line.endswith(" s, from update 3 on")
     assert not s.away and s.restarts == {"planner": 1}
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("too full"), RuntimeEnvSetupError("no such package")])
+def test_a_heart_takes_every_error_by_which_ray_says_that_an_actor_is_gone(monkeypatch, error):
+    heart, answers = Heart(type("Actor", (), {"pulse": type("Call", (), {"remote": staticmethod(lambda: "asked")})}), 0.0), [error]
+
+    def get(ref):
+        raise answers[0]
+    monkeypatch.setattr(pulse_module.ray, "wait", lambda refs, timeout: (refs, []))
+    monkeypatch.setattr(pulse_module.ray, "get", get)
+    assert heart.beat(1.0) is None and heart.beat(1.0) is error
+    answers[0] = RayTaskError("pulse", "", ValueError("of the method itself"), "", 1, "")
+    assert heart.beat(1.0) is None
+    with pytest.raises(RayTaskError):
+        heart.beat(1.0)
+
+
+def test_a_role_that_rays_memory_monitor_kills_is_waited_for(watched):
+    s, heart, killed = watched
+    heart.found = OutOfMemoryError("too full")
+    s.look()
+    assert s.away and not killed
+    heart.found = pulse("b")
+    s.look()
+    assert s.take_incidents()[0].startswith("the planner died (OutOfMemoryError); it serves again after 0.")
+    heart.found = RuntimeEnvSetupError("no such package")
+    with pytest.raises(RoleLost, match="the planner died and cannot be started again"):
+        s.look()
 
 
 def test_a_silent_role_is_killed_once_and_may_restart(watched):

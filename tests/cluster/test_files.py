@@ -14,6 +14,7 @@ import yaml
 
 from modip_ray.cli import parser
 from modip_ray.config import load
+from modip_ray.jobs.client import GRACE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -181,6 +182,15 @@ def test_the_job_runs_on_the_cluster_of_the_other_file_and_its_command_is_one():
     cfg = load(args.config, args.settings)
     mounts = cluster_spec("kuberay-job.yaml")["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     assert cfg.resources.ray_address == "auto" and cfg.run_dir.startswith(mounts[0]["mountPath"] + "/")
+
+
+@pytest.mark.parametrize("config", ["cluster", "cluster/gpu"])
+def test_a_run_on_a_cluster_uses_the_time_for_a_checkpoint_that_it_is_given_and_no_more(config):
+    """A run gives itself up after log.grace_s: long before it would be killed the checkpoint would be lost for nothing, after that it is cut off."""
+    environment = yaml.safe_load(documents("kuberay-job.yaml")[0]["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert float(environment["RAY_JOB_STOP_WAIT_TIME_S"]) == GRACE_S < cluster_spec("kuberay-job.yaml")["headGroupSpec"]["template"]["spec"][
+        "terminationGracePeriodSeconds"]
+    assert 0.8 * GRACE_S < load(config).log.grace_s < GRACE_S
 
 
 # ---- the roles have a place --------------------------------------------------------------------------------------------------------------------

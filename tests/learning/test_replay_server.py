@@ -98,6 +98,8 @@ def test_ids_are_remembered_in_little_room(order, senders):
     for n in range(1000):
         in_turn.add(f"0/a/{n}")
     assert in_turn.dump() == '{"0/a": [1000]}'
+    old = SeenIds.parse('{"0/a": [1, 3, 5]}')
+    assert [n for n in range(8) if f"0/a/{n}" in old] == [0, 3, 5], "of checkpoints whose workers counted for all shards together"
 
 
 def test_what_was_answered_for_survives_kill_9_with_and_without_a_checkpoint(tmp_path):

@@ -2,10 +2,16 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
+import pytest
 import torch
 
+from modip_ray.config import ConfigError
+from modip_ray.learning.build import device_of
 from modip_ray.model.hardware import beside, compiled, go_on, prepare_process
+from tests.fakes import small
 
 SCRIPT = """
 import resource, sys, torch
@@ -27,6 +33,44 @@ def test_memory_that_tensors_free_is_kept_for_the_next_ones():
     freed, kept = (float(subprocess.run([sys.executable, "-c", SCRIPT, how], check=True, capture_output=True, text=True, env=env).stdout)
                    for how in ("free", "keep"))
     assert kept < 10 < freed                                        # pages mapped anew for each piece of work
+
+
+def test_the_device_of_a_role_is_the_one_that_ray_gave_it(monkeypatch):
+    """Ray shows a process its own GPU alone, so there cuda:1 does not exist."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = {(asked, gpus): str(device_of(small(resources__device=asked), gpus)) for asked in ("auto", "cpu", "cuda", "cuda:1") for gpus in (None, 0, 0.5)}
+    assert found == {("auto", None): "cuda", ("auto", 0): "cpu", ("auto", 0.5): "cuda", ("cpu", None): "cpu", ("cpu", 0): "cpu", ("cpu", 0.5): "cpu",
+                     ("cuda", None): "cuda", ("cuda", 0): "cpu", ("cuda", 0.5): "cuda", ("cuda:1", None): "cuda:1", ("cuda:1", 0): "cpu",
+                     ("cuda:1", 0.5): "cuda"}
+    with pytest.raises(ConfigError, match="resources.device: got 'cuda:2', but this machine has 2 CUDA device"):
+        device_of(small(resources__device="cuda:2"))
+
+
+@pytest.mark.parametrize("before, asked, seen", [(None, "cuda:1", "1"), ("5,7", "cuda:1", "7"), ("5,7", "cuda", "5,7"), (None, "cpu", None)])
+def test_a_server_takes_the_gpu_that_is_asked_for(monkeypatch, tmp_path, before, asked, seen):
+    """Ray deals out the first GPU that it sees; the replica takes whichever it was given."""
+    from ray import serve
+
+    from modip_ray.serve import app, start
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before) if before is not None else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    told = []
+
+    @contextmanager
+    def private_ray(variables, **settings):
+        told.append((os.environ.get("CUDA_VISIBLE_DEVICES"), settings["num_gpus"]))
+        yield
+    monkeypatch.setattr(start, "private_ray", private_ray)
+    monkeypatch.setattr(start, "load", lambda *args: SimpleNamespace(cfg=small(resources__device=asked)))
+    monkeypatch.setattr(start, "device_of", lambda cfg: torch.device(asked))
+    monkeypatch.setattr(serve, "start", lambda **settings: None)
+    monkeypatch.setattr(serve, "run", lambda application, **settings: told.append(application))
+    monkeypatch.setattr(app.serve, "deployment", lambda cls, **settings: SimpleNamespace(bind=lambda run, mode, overrides, *more: (overrides, settings)))
+    with start.served(tmp_path, port=0):
+        pass
+    gpus = 0.0 if asked == "cpu" else 1.0
+    assert told[0] == (seen, gpus or None) and told[1][0] == ({"resources.device": "cuda"} if gpus else {})
+    assert told[1][1]["ray_actor_options"]["num_gpus"] == gpus and os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
 def test_the_number_of_threads_is_set():
