@@ -4,7 +4,7 @@ import re
 import pytest
 import yaml
 
-from modip_ray.config import Config, ConfigError, config_dir, load, read_yaml, task_names
+from modip_ray.config import Config, ConfigError, config_dir, load, parse_override, read_yaml, task_names
 
 DEFAULT = config_dir() / "default.yaml"
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
@@ -166,6 +166,26 @@ def test_replace_is_a_checked_copy():
         cfg.replace({"policy.width": 0})
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.policy.width = 3
+
+
+@pytest.mark.parametrize("task, overrides, found", [
+    ("hopper-medium", ["task.env_kwargs.ctrl_cost_weight=0", "task.env_kwargs.forward_reward_weight=2"], {"ctrl_cost_weight": 0, "forward_reward_weight": 2}),
+    ("lift-ph", ["task.env_kwargs.gripper_ramp=false"], {"name": "Lift", "terminate_on_success": True, "gripper_ramp": False}),
+    ("lift-ph", ["task.env_kwargs.a.b=1", "task.env_kwargs.a.c=2"], {"name": "Lift", "terminate_on_success": True, "a": {"b": 1, "c": 2}}),
+    ("lift-ph", ["task.env_kwargs.name.of=1"], {"name": {"of": 1}, "terminate_on_success": True}),
+    ("lift-ph", ["task.env_kwargs={name: Lift}"], {"name": "Lift"}),
+])
+def test_an_override_below_a_mapping_of_the_users_keeps_its_other_keys(task, overrides, found):
+    assert load(overrides=[f"task={task}", *overrides]).task.env_kwargs == found
+    assert load(overrides=[f"task={task}"]).replace(dict(map(parse_override, overrides))).task.env_kwargs == found
+
+
+def test_a_range_of_workers_and_placements_can_be_set_key_by_key():
+    cfg = load(overrides=["rollout.num_workers.min=1", "rollout.num_workers.max=4", "resources.placement.rollout.z=3", "resources.placement.planner.x=1"])
+    again = cfg.replace({"rollout.num_workers.max": 8, "resources.placement.rollout.y": 2})
+    assert (cfg.rollout.least, cfg.rollout.most, again.rollout.least, again.rollout.most) == (1, 4, 1, 8)
+    assert cfg.resources.placement == {"rollout": {"z": 3}, "planner": {"x": 1}}
+    assert again.resources.placement == {"rollout": {"z": 3, "y": 2}, "planner": {"x": 1}}
 
 
 @pytest.mark.parametrize("overrides", [[], ["task=hopper-medium", "policy.lr=1e-5", "run_dir=a b", "data.max_transitions=7"]])
