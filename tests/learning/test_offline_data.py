@@ -1,4 +1,5 @@
 """Which data a run learns from, and what is refused."""
+import json
 import os
 import re
 import shutil
@@ -240,6 +241,32 @@ def test_data_of_robosuite_15_must_be_told_which_gripper_moves(version, kwargs, 
         check_task(cfg, data)
     given = re.search(r"task.env_kwargs='(.*?)' for", str(error.value))[1]
     assert load(overrides=["task=lift-ph", f"task.env_kwargs={given}"]).task.env_kwargs == {**cfg.task.env_kwargs, "gripper_ramp": False}
+
+
+@pytest.mark.parametrize(("stated", "given", "words"), [
+    ({"type": "OSC_POSE", "kp": 50, "damping": 1, "control_delta": True}, {}, "kp is 50 there, 150 here"),
+    ([{"kp": 150, "input_ref_frame": "world"}] * 2, {}, None),
+    ({"body_parts": {"right": {"type": "OSC_POSE", "gripper": {"type": "GRIP"}}}}, {}, "input_ref_frame is 'base' there, 'world' here"),
+    ({"output_max": 0.1, "kp": 50}, {"kp": 50}, "output_max is 0.1 there, [0.05, 0.05, 0.05, 0.5, 0.5, 0.5] here"),
+    ({"kp": 50}, {"kp": 50.0}, None), ({}, {"kp": 50}, "kp is 150 there, 50 here"),
+])
+def test_data_of_another_controller_are_refused(stated, given, words):
+    cfg = load(overrides=["task=lift-ph"])
+    if given:
+        cfg = cfg.replace({"task.env_kwargs.controller": given})
+    data = Dataset([], "mine.hdf5", {"env_name": "Lift", "robosuite": "1.4.1", "controller_configs": json.dumps(stated)})
+    if words is None:
+        return check_task(cfg, data)
+    with pytest.raises(DataError, match="mine.hdf5: was recorded with another controller than ") as error:
+        check_task(cfg, data)
+    assert f": {words}; " in str(error.value)
+    check_task(load(overrides=["task=lift-ph", re.search(r"task.env_kwargs='.*'$", str(error.value))[0].replace("'", "")]), data)
+
+
+@pytest.mark.parametrize("stated", ["{", '{"type": "JOINT_POSITION"}', "7", '[{"kp": 1}, {"kp": 2}]', '{"gain": 1}'])
+def test_data_of_another_kind_of_control_are_refused(stated):
+    with pytest.raises(DataError, match="mine.hdf5: was recorded with a controller that modip_ray.tasks.robosuite_env:robosuite_env does not have"):
+        check_task(load(overrides=["task=lift-ph"]), Dataset([], "mine.hdf5", {"robosuite": "1.4.1", "controller_configs": stated}))
 
 
 def test_other_subtasks_of_the_kitchen_are_refused(tmp_path):
