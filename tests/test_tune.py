@@ -10,9 +10,11 @@ import yaml
 
 from modip_ray.config import ConfigError, config_dir, load
 from modip_ray.learning.checkpoint import newest
+from modip_ray.learning.evaluation import Job, Outcome
+from modip_ray.report.rundata import flatten
 from modip_ray.runfolder import RunError
-from modip_ray.search.report import read_rows
-from modip_ray.search.scores import nested_bootstrap
+from modip_ray.search.report import TrialResult, read_rows, summary
+from modip_ray.search.scores import aggregated, nested_bootstrap
 from modip_ray.search.settings import trial_settings
 from modip_ray.search.spec import load_search
 from modip_ray.search.trial import Trial, start_checkpoint
@@ -151,6 +153,17 @@ def test_the_interval_grows_with_the_spread_between_seeds():
     assert wide > 5 * narrow > 0
     low, high = nested_bootstrap(episodes[:1], 2000)
     assert low < episodes[0].mean() < high
+
+
+@pytest.mark.parametrize("metric, mean, seeds", [("mpc/mean", 0.5, [0.0, 1.0]), ("mpc/return", 2.0, [1.0, 3.0]), ("mpc/normalized", 50.0, [25.0, 75.0])])
+def test_interval_and_seeds_of_a_table_are_the_metrics_own(metric, mean, seeds):
+    measures = [{"subtasks/4": [value] * 3, "return": [ret] * 3} for value, ret in ((0.0, 1.0), (1.0, 3.0))]                # two training seeds
+    reports = [SimpleNamespace(outcomes=[Outcome(Job(mode, (0, 1, 2)), m, [5] * 3) for mode in ("policy", "mpc")]) for m in measures]
+    row = {k.replace(".", "/"): v for k, v in flatten(aggregated(load(overrides=["task=kitchen-complete"]), reports)).items()}
+    search = load_search("tiny", [f"metric={metric}"])
+    (trial,) = summary(search, [TrialResult(0, Path("t"), {}, [row], None, None)], 1.0)["trials"]
+    assert (trial[metric], trial["by_seed"]) == (mean, seeds) and trial["ci95"] == seeds                           # the bootstrap's ends: one seed, drawn twice
+    assert aggregated(load(overrides=["task.family=null"]), reports)["mpc"]["normalized_ci95"] is None
 
 
 def test_a_restored_trial_goes_on_bit_for_bit_and_its_checkpoint_is_a_run_folder(tmp_path, data):
