@@ -61,7 +61,7 @@ def same(a: Path, b: Path, seeds=(0,)) -> bool:
     ({"steps_per_iteration": 0}, ["steps_per_iteration", "got 0"]),
     ({"online.env_steps": 0}, ["online.env_steps", "online phase"]),
     ({"cpus": -1}, ["cpus", "-1"]),
-    ({"resources.device": "cuda"}, ["gpus", "cuda"]),
+    ({"resources.device": "cuda"}, ["gpus", "cuda"]), ({"task.env": "Walker2d-v4"}, ["task.family", "set task.family=walker2d"]),
 ])
 def test_a_configuration_that_cannot_run_says_what_and_names_the_nearest(extra, words):
     with pytest.raises(ConfigError) as error:

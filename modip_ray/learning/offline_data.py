@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 from modip_ray.config import Config, ConfigError, Task
-from modip_ray.learning.env_source import spaces
+from modip_ray.learning.env_source import known_family, spaces
 from modip_ray.tasks.catalogue import catalogue
 from modip_ray.tasks.collect import Policy, collect
 from modip_ray.tasks.d4rl_data import DataError, Dataset, write_d4rl
@@ -28,7 +28,7 @@ from modip_ray.tasks.scores import env_family
 Progress = Callable[[int, int], None]
 
 POLICY = "policy:"
-ROBOSUITE, OLD_PHYSICS = "modip_ray.tasks.robosuite_env:", "modip_ray.tasks.d4rl_physics:"     # environments of ours whose env_kwargs say which task it is
+ROBOSUITE = "modip_ray.tasks.robosuite_env:"        # its env_kwargs say which task it is
 OFFICIAL = ("mujoco", "D4RL")       # Minari's own namespaces, where a family follows; elsewhere a user may call a data set anything
 GOAL_TOLERANCE = 1e-3
 
@@ -241,8 +241,7 @@ def family_named(source: str) -> str | None:
 
 def task_family(task: Task) -> str | None:
     """Family of the environment where its id is of one, else task.family."""
-    env_id = task.env_kwargs.get("env_id", "Hopper-v4") if task.env.startswith(OLD_PHYSICS) else task.env
-    return env_family(str(env_id)) or task.family
+    return known_family(task) or task.family
 
 
 def check_goal(env: Kitchen, dataset: Dataset) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modip_ray.config import Config, ConfigError, load, nearest
+from modip_ray.learning.env_source import check_family
 from modip_ray.runfolder import saved_config
 from modip_ray.start import ELSEWHERE, ONLINE_ONLY, belongs, flat, offline_differences
 
@@ -66,6 +67,7 @@ def settled(base: Config, search: Mapping[str, Any], dotted: Mapping[str, Any]) 
     """`base` with the dotted settings, checked."""
     start = Path(search["start"]).absolute() if search.get("start") else None
     gpus, cfg = number(search, "gpus", 0.0), base.replace(dict(dotted))
+    check_family(cfg.task)
     if cfg.method != "modip":
         raise ConfigError(f"method: got {cfg.method!r}, a search is over settings of modip; compare methods with modip study")
     if start is not None:

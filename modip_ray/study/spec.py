@@ -13,6 +13,7 @@ import yaml
 
 from modip_ray.config import Config, ConfigError, config_dir, load, nearest, parse_scalar, read_yaml, task_names
 from modip_ray.config.tree import typed
+from modip_ray.learning.env_source import check_family
 from modip_ray.learning.offline_data import rolls_out
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -78,6 +79,7 @@ class Study:
             cfg = base.replace({**self.settings, **of_task, **own, "seed": seed, "run_dir": str(folder)})
             if start is not None and cfg.data.cache is None and rolls_out(cfg.data.source):
                 cfg = cfg.replace({"data.cache": str(start.folder / "data.hdf5")})
+            check_family(cfg.task)
         except ConfigError as error:
             raise ConfigError(f"task {task}, method {method}: {error}") from error
         return Cell(task, method, seed, folder, cfg, start, Path(self.kept) / task / method / f"seed_{seed}" if self.kept else None)

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import gymnasium as gym
@@ -10,9 +11,9 @@ import h5py
 import numpy as np
 import pytest
 
-from modip_ray.config import load
+from modip_ray.config import ConfigError, load
 from modip_ray.learning import offline_data
-from modip_ray.learning.env_source import env_factory
+from modip_ray.learning.env_source import check_family, env_factory
 from modip_ray.learning.offline_data import check_task, family_named, load_data, origin, source_label, stored_source
 from modip_ray.tasks.d4rl_data import DataError, write_d4rl
 from modip_ray.tasks.dataset import Dataset
@@ -201,6 +202,18 @@ def test_own_data_and_own_environments_go_on_working(tmp_path):
     check_task(old.replace({"data.source": "d4rl/hopper_medium-v2"}), Dataset([], "own"))
     with pytest.raises(DataError, match="'d4rl/walker2d_medium-v2' is data of walker2d, but the task is of hopper"):
         check_task(old.replace({"data.source": "d4rl/walker2d_medium-v2"}), Dataset([], "own"))
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["task=hopper-medium", "task.env=Walker2d-v4"], "got 'hopper', but 'Walker2d-v4' is of walker2d.*set task.family=walker2d, or task.family=null"),
+    (["task=hopper-medium", "task.env=Walker2d-v4", "task.family=null"], None), (["task=hopper-medium", "task.env=Walker2d-v4", "task.family=walker2d"], None),
+    (["task=hopper-medium", f"task.env={offline_data.ROBOSUITE}robosuite_env"], None), (["task=hopper-medium", "task.env=mine:Hopper"], None),
+    (["task=hopper-medium", "task.env=modip_ray.tasks.d4rl_physics:d4rl_env"], None), (["task=walker2d-medium", "task.env_kwargs.env_id=Hopper-v4"], None),
+    (["task=walker2d-medium", "task.env=modip_ray.tasks.d4rl_physics:d4rl_env"], "'Hopper-v4' is of hopper"), (["task.family=cheetah"], "mean 'halfcheetah'"),
+])
+def test_scores_are_normalised_by_the_environments_own_family(overrides, words):
+    with nullcontext() if words is None else pytest.raises(ConfigError, match=f"task.family: .*{words}"):
+        check_family(load(overrides=overrides).task)
 
 
 def test_an_environment_that_is_no_gymnasium_class(tmp_path):

@@ -90,6 +90,8 @@ def test_a_task_may_have_another_name(tmp_path):
 def test_a_wrong_setting_of_a_method_is_named_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match="method no_planner.*'iteration'"):
         study(tmp_path, methods={"modip": {}, "no_planner": {"planner.iteration": 0}}).cells()
+    with pytest.raises(ConfigError, match=f"task {TASK}, .*set task.family=walker2d"):
+        study(tmp_path, settings=SMALL | {"task.env": "Walker2d-v4", "task.family": "hopper"}).cells()
 
 
 def test_shipped_studies_load():
