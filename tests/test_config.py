@@ -4,6 +4,7 @@ import re
 import pytest
 import yaml
 
+from modip_ray import cli
 from modip_ray.config import Config, ConfigError, config_dir, load, parse_override, read_yaml, task_names
 
 DEFAULT = config_dir() / "default.yaml"
@@ -31,6 +32,20 @@ def test_an_unusable_override_says_what_and_names_the_nearest(override, parts):
         load(overrides=[override])
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("words, settings", [
+    ("train task=hopper-medium --config demo run_dir=x seed=1", ["task=hopper-medium", "run_dir=x", "seed=1"]),
+    ("study main out=x --table seeds=[0]", ["out=x", "seeds=[0]"]), ("train --config demo seed=1", ["seed=1"]),
+    ("train seed=1 --config demo --seed=2", None), ("train seed=1 --config demo run_dir", None), ("eval runs/x guard.trust=1", None),
+])
+def test_settings_may_stand_before_and_behind_options(words, settings, capsys):
+    if settings is not None:
+        assert cli.parsed(words.split()).settings == settings
+        return
+    with pytest.raises(SystemExit, match="2"):
+        cli.parsed(words.split())
+    assert "unknown argument(s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("override, parts", [

@@ -31,10 +31,10 @@ class Command:
 
 def prepare(arguments: Sequence[str], name: str | None, storage: str, folder: Path) -> Command:
     """Check the command as if it were to run here in `folder`, and turn its run folder into one under `storage`."""
-    from modip_ray.cli import parser
+    from modip_ray.cli import parsed
     if not arguments:
         raise JobError("nothing to run: give a command behind --, e.g. modip submit -- train task=hopper-medium run_dir=runs/hopper")
-    args, _ = parser().parse_known_args(list(arguments))
+    args = parsed(list(arguments))
     if args.command in ("submit", "jobs"):
         raise JobError(f"'{args.command}' itself cannot be submitted; give train, eval, report, ... behind --")
     if args.command == "train":
@@ -63,7 +63,7 @@ def writing(arguments: Sequence[str], settings: Sequence[str], before: str, move
     """train, tune and study: the settings `moved`, which name run folders, wherever they came from, under `storage`, as runs do not travel (None: not given;
     the last one is the folder that is written), and the cluster's address unless the user gave one.
 
-    They stand behind the user's own settings, or behind the argument `before`: argparse takes no second group of settings behind an option.
+    They stand behind the last of the user's own settings, or behind the argument `before`.
     """
     given = {item.partition("=")[0] for item in settings}
     there = {key: on_cluster(value, storage) for key, value in moved.items() if value is not None}
