@@ -245,6 +245,14 @@ def test_commands_for_the_cluster(tmp_path):
     assert measured.arguments == ["eval", "~/s/runs/d", "--mode", "all", "--json", "~/s/runs/d/e.json"] and measured.local_dir == "runs/d"
     joined = prepare(["eval", "runs/d", "--json=e.json", "--mode=all"], None, "~/s", tmp_path)
     assert joined.arguments == ["eval", "~/s/runs/d", "--json=~/s/e.json", "--mode=all"]
+    rolled = prepare(["collect", "--policy", "p.hdf5", "--transitions", "9", "--out", "d/o.hdf5"], None, "~/s", tmp_path)
+    assert rolled.arguments == ["collect", "--policy", "~/s/p.hdf5", "--transitions", "9", "--out", "~/s/d/o.hdf5"], "no file here: a run folder there"
+    for travels, policy in ((True, "p.hdf5"), (True, "./d/p.hdf5"), (False, "runs/p.hdf5"), (False, "d/.p.hdf5"), (False, "d/large.hdf5")):
+        (tmp_path / policy).parent.mkdir(exist_ok=True)
+        with open(tmp_path / policy, "wb") as file:
+            file.truncate(51_000_000 if "large" in policy else 1)
+        rolled = prepare(["collect", f"--policy={policy}", "--transitions=9", "--out", "d/o.hdf5"], None, "~/s", tmp_path)
+        assert rolled.arguments == ["collect", f"--policy={policy if travels else f'~/s/{policy}'}", "--transitions=9", "--out", "~/s/d/o.hdf5"]
     for command in (train, named, around, absolute, first, search, started, compared, measured, joined):
         assert parsed(command.arguments), "it can be read where it is to run"
     both = prepare(["report", "runs/a", "runs/b"], None, "~/s", tmp_path)

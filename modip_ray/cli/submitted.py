@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from modip_ray.config import ConfigError, load
 from modip_ray.jobs.client import JobError, Submission
+from modip_ray.jobs.package import takes_along
 
 STORAGE = "~/modip_ray_runs"
 RUN_ARGUMENTS = ("run_folder", "runs", "json_file", "out", "policy")       # of the other commands: paths that live with the runs
@@ -55,7 +56,7 @@ def prepare(arguments: Sequence[str], name: str | None, storage: str, folder: Pa
         with chdir(folder):
             study = load_study(args.study_file, args.settings)
         return writing(arguments, args.settings, str(args.study_file), {"out": str(study.out)}, name or study.folder.name, storage, {})
-    return other(list(arguments), args, name, storage)
+    return other(list(arguments), args, name, storage, folder)
 
 
 def writing(arguments: Sequence[str], settings: Sequence[str], before: str, moved: Mapping[str, str | None], label: str, storage: str,
@@ -74,10 +75,12 @@ def writing(arguments: Sequence[str], settings: Sequence[str], before: str, move
     return Command([*kept, *(f"{key}={value}" for key, value in own.items()), *arguments[end:]], label, there[folder], here_for(str(moved[folder])))
 
 
-def other(arguments: list[str], args: argparse.Namespace, name: str | None, storage: str) -> Command:
-    """eval, report, collect, ...: relative paths that name runs (or what is written) become paths under `storage`."""
-    values = [getattr(args, name, None) for name in RUN_ARGUMENTS]
-    paths = {str(Path(v)) for value in values if value is not None for v in (value if isinstance(value, list) else [value]) if str(v) != "demonstrator"}
+def other(arguments: list[str], args: argparse.Namespace, name: str | None, storage: str, folder: Path) -> Command:
+    """eval, report, collect, ...: relative paths that name runs (or what is written) become paths under `storage`; a policy's file travels as it is named."""
+    values = {name: getattr(args, name, None) for name in RUN_ARGUMENTS}
+    if values["policy"] == "demonstrator" or (values["policy"] is not None and takes_along(folder, values["policy"])):
+        del values["policy"]
+    paths = {str(Path(v)) for value in values.values() if value is not None for v in (value if isinstance(value, list) else [value])}
 
     def there(argument: str) -> str:
         option, sep, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
