@@ -140,6 +140,14 @@ def test_a_search_that_cannot_run_says_what_and_names_the_nearest(override, word
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_said(tmp_path, place):
+    from modip_ray.search.run import opened
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"out: '.*{place}' cannot be made or written .*; choose another out"), opened(tmp_path / place, load_search("tiny")):
+        pass
+
+
 def test_an_unknown_search_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'guard_asha'"):
         load_search("gard_asha")

@@ -16,6 +16,7 @@ import numpy as np
 from modip_ray.config import Config
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.learning.evaluation import MODES
+from modip_ray.output_file import check_output
 from modip_ray.report.published import NOTE, Published, published_for
 from modip_ray.report.scores import ROWS, duration, interval, number
 from modip_ray.runfolder import command_line, git_commit, machine, read_summary, versions
@@ -141,7 +142,7 @@ def write_results(study: Study) -> dict[str, Any]:
     """results.json, results.md and curves.svg into the study's folder, of whatever is done."""
     from modip_ray.study.curves import write_curves
     found = results(study)
-    study.folder.mkdir(parents=True, exist_ok=True)                                 # gone where only what is kept is left
+    check_output(study.folder / "results.json")                                     # its folder is gone where only what is kept is left
     pictures = write_curves(study)
     write_synced(study.folder / "results.md", markdown(found, pictures))
     write_synced(study.folder / "results.json", json.dumps(found, indent=1))

@@ -1,6 +1,8 @@
 """Checkpoints at another address, and a run's folder restored from there."""
 
+import errno
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,6 +80,24 @@ def test_a_mirror_that_fails_on_the_way_is_said(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["restore", str(tmp_path / "there"), str(tmp_path / "run")])
     assert ended.value.code == 2 and "connection reset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")])
+def test_what_cannot_be_written_here_is_not_laid_to_the_mirror(tmp_path, monkeypatch, capsys, number, words):
+    def fails(self, *args):
+        raise OSError(number, words, str(self))
+    run, there = tmp_path / "run", str(tmp_path / "there")
+    Mirror(there).push(checkpoint(run, 1, learner=1), run, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fails)
+        with pytest.raises(SystemExit, match="2"):
+            main(["restore", there, str(tmp_path / "fetched")])
+    assert f": cannot be written ({words}); make room or give access, and give the same command again" in capsys.readouterr().err
+    for at, code, told in (("fetched", 0, "step_000000001"), ("run/config.yaml/x", 2, "is no folder; give another name")):
+        (run / "config.yaml").touch()
+        with pytest.raises(SystemExit, match=str(code)):
+            main(["restore", there, str(tmp_path / at)])
+        assert told in "".join(capsys.readouterr())
 
 
 def test_a_lost_run_folder_is_restored_and_the_run_goes_on(tmp_path, capsys):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from modip_ray.config import ConfigError
-from modip_ray.runfolder import is_open
+from modip_ray.runfolder import RunError, is_open
 from modip_ray.study import run as driver
 from modip_ray.study.kept import evaluations, keep, outcome
 from modip_ray.study.run import run_study
@@ -92,6 +92,16 @@ def test_a_wrong_setting_of_a_method_is_named_before_anything_runs(tmp_path):
         study(tmp_path, methods={"modip": {}, "no_planner": {"planner.iteration": 0}}).cells()
     with pytest.raises(ConfigError, match=f"task {TASK}, .*set task.family=walker2d"):
         study(tmp_path, settings=SMALL | {"task.env": "Walker2d-v4", "task.family": "hopper"}).cells()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"out: '.*{place}' cannot be made or written .*; choose another out"):
+        run_study(study(tmp_path / place))
+    monkeypatch.setattr("os.access", lambda *args: False)
+    with pytest.raises(ConfigError, match="results.json: cannot be written, the rights are missing"):
+        write_results(study(tmp_path / "study"))
 
 
 def test_shipped_studies_load():
