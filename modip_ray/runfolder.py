@@ -71,7 +71,7 @@ class RoleLost(RunError):
 
 
 def run_path(cfg: Config) -> Path:
-    return Path(cfg.run_dir) if cfg.run_dir else Path("runs") / f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(os.path.expanduser(cfg.run_dir)) if cfg.run_dir else Path("runs") / f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 class RunFolder:

@@ -148,6 +148,15 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path, place):
         pass
 
 
+def test_the_home_folder_of_out_and_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_search("tiny", ["out=~/x"]).folder == tmp_path / "x"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(load(overrides=["online.env_steps=9"]).dump())
+    settings = trial_settings({"start": "~/run", "online.env_steps": 7})
+    assert (settings.start, settings.cfg.online.env_steps) == (tmp_path / "run", 7)
+
+
 def test_an_unknown_search_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'guard_asha'"):
         load_search("gard_asha")

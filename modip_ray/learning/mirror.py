@@ -35,7 +35,7 @@ def file_system(address: str) -> tuple[FileSystem, str]:
                           "tools take them")
     try:
         if "://" not in address:
-            return FileSystem.from_uri(Path(address).resolve().as_uri())
+            return FileSystem.from_uri(Path(os.path.expanduser(address)).resolve().as_uri())
         return FileSystem.from_uri(address)
     except (ValueError, OSError) as error:
         import fsspec

@@ -44,7 +44,7 @@ def run_search(search: Search) -> dict[str, Any] | None:
 
     Raises ConfigError or RunError with what to do.
     """
-    folder = Path(search.out).resolve()
+    folder = search.folder
     space = param_space(search)
     scheduler = checked_scheduler(search, space)
     base = trial_settings(fixed(search, space)).cfg
@@ -189,7 +189,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 def trial_result(search: Search, result: tune.Result) -> TrialResult:
     folder = Path(result.path)
-    checkpoint = result.checkpoint and str(Path(result.checkpoint.path).relative_to(Path(search.out).resolve()))
+    checkpoint = result.checkpoint and str(Path(result.checkpoint.path).relative_to(search.folder))
     return TrialResult(trial_number(folder), folder, {k: (result.config or {}).get(k) for k in search.search}, read_rows(folder),
                        last_line(result.error) if result.error is not None else None, checkpoint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,10 @@ class Search:
     gpus: float = 0.0
     max_concurrent: int | None = None
     ray_address: str = "local"
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.path.expanduser(str(self.out))).resolve()
 
     def params(self) -> dict[str, Any]:
         """The fixed part of the param_space."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,11 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        return Path(str(self.out))
+        return Path(os.path.expanduser(str(self.out)))
+
+    @property
+    def kept_folder(self) -> Path | None:
+        return Path(os.path.expanduser(self.kept)) if self.kept else None
 
     def cells(self) -> list[Cell]:
         """Every run, those first that others go on from. ConfigError names the run whose settings are not valid."""
@@ -82,7 +87,8 @@ class Study:
             check_family(cfg.task)
         except ConfigError as error:
             raise ConfigError(f"task {task}, method {method}: {error}") from error
-        return Cell(task, method, seed, folder, cfg, start, Path(self.kept) / task / method / f"seed_{seed}" if self.kept else None)
+        kept = self.kept_folder
+        return Cell(task, method, seed, folder, cfg, start, kept / task / method / f"seed_{seed}" if kept is not None else None)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

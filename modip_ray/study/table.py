@@ -146,7 +146,7 @@ def write_results(study: Study) -> dict[str, Any]:
     pictures = write_curves(study)
     write_synced(study.folder / "results.md", markdown(found, pictures))
     write_synced(study.folder / "results.json", json.dumps(found, indent=1))
-    if study.kept is not None and found["tasks"]:
+    if study.kept_folder is not None and found["tasks"]:
         keep_results(study, found, pictures)
     print(f"{study.folder / 'results.md'}", flush=True)
     return found

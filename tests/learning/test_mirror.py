@@ -3,6 +3,7 @@
 import errno
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from modip_ray.learning.checkpoint import CheckpointError, begin, commit, newest
 from modip_ray.learning.mirror import Mirror, Mirroring
 from modip_ray.report.metrics import read_metrics
 from modip_ray.run import train
-from modip_ray.runfolder import saved_config
+from modip_ray.runfolder import RunError, run_path, saved_config
+from modip_ray.start import adopt
 from tests.fakes import PointEnv, small, write_data
 
 
@@ -71,6 +73,15 @@ def test_an_address_that_cannot_be_used_is_said_before_anything_starts(value, wo
     with pytest.raises(ConfigError, match="log.mirror: ") as error:
         train(small(run_dir=str(tmp_path / "run"), log__mirror=value), PointEnv)
     assert words in str(error.value) and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_home_folder_of_runs_starts_and_mirrors(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = small(run_dir="~/run", pretrain__start="~/start")
+    assert run_path(cfg) == tmp_path / "run" and cfg.run_dir == "~/run" and Mirror("~/there").root == str(tmp_path / "there")
+    with pytest.raises(RunError, match=f"^{tmp_path}/start: has no checkpoint"):
+        adopt(SimpleNamespace(cfg=cfg), tmp_path / "run" / "checkpoints")
+    assert run_path(small(run_dir="~no_such_user/run")) == Path("~no_such_user/run")
 
 
 def test_a_mirror_that_fails_on_the_way_is_said(tmp_path, monkeypatch, capsys):

@@ -104,6 +104,14 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch, place):
         write_results(study(tmp_path / "study"))
 
 
+def test_the_home_folder_of_out_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    s = study("~/out", kept="~/kept")
+    start, cell = s.cells()[:2]
+    assert (s.folder, s.kept_folder) == (tmp_path / "out", tmp_path / "kept") and s.to_dict()["out"] == "~/out"
+    assert cell.folder == tmp_path / "out" / cell.name and cell.cfg.pretrain.start == str(start.folder) and cell.kept == tmp_path / "kept" / cell.name
+
+
 def test_shipped_studies_load():
     for path in sorted((ROOT / "configs" / "studies").glob("*.yaml")):
         loaded = load_study(path.stem, ["seeds=[7]", "methods.modip.guard.trust=0.1", "settings.eval.episodes=3"])
