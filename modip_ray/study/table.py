@@ -23,7 +23,7 @@ from modip_ray.runfolder import command_line, git_commit, machine, read_summary,
 from modip_ray.session import PERIODIC
 from modip_ray.study.kept import keep_results, outcome
 from modip_ray.study.spec import Cell, Study, task_of
-from modip_ray.tasks.scores import normalized_score
+from modip_ray.tasks.scores import normalized_score, resampled_means
 
 RESAMPLES = 5_000
 MARK = " (*)"
@@ -40,7 +40,7 @@ def nested_ci(groups: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: in
     means = np.empty((resamples, n))
     for k, g in enumerate(groups):
         drawn = picked == k
-        means[drawn] = g[rng.integers(0, len(g), (int(drawn.sum()), len(g)))].mean(1)
+        means[drawn] = resampled_means(g, int(drawn.sum()), rng)
     return [float(x) for x in np.percentile(means.mean(1), [2.5, 97.5])]
 
 

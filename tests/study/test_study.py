@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from modip_ray.study.kept import evaluations, keep, outcome
 from modip_ray.study.run import run_study
 from modip_ray.study.spec import build_study, load_study
 from modip_ray.study.table import markdown, nested_ci, results, write_results
+from modip_ray.tasks import scores
 from tests.fakes import SMALL, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +112,17 @@ def test_the_home_folder_of_out_and_kept(tmp_path, monkeypatch):
     start, cell = s.cells()[:2]
     assert (s.folder, s.kept_folder) == (tmp_path / "out", tmp_path / "kept") and s.to_dict()["out"] == "~/out"
     assert cell.folder == tmp_path / "out" / cell.name and cell.cfg.pretrain.start == str(start.folder) and cell.kept == tmp_path / "kept" / cell.name
+
+
+def test_the_memory_of_an_interval_is_that_of_a_block_and_its_ends_are_the_same(monkeypatch):
+    groups = [np.random.default_rng(k).normal(size=2000 + k) for k in range(3)]
+    whole = nested_ci(groups, 300)                                                  # 300 draws of 2,000 values: 5 MB of indices, and as much of values
+    monkeypatch.setattr(scores, "_BLOCK", 20_000)
+    tracemalloc.start()
+    try:
+        assert nested_ci(groups, 300) == whole and tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_shipped_studies_load():
