@@ -21,7 +21,7 @@ from modip_ray.learning.offline_rows import write_rows
 from modip_ray.learning.system import Setup, System
 from modip_ray.progress import ProgressLine
 from modip_ray.report.scores import final_table, method_of
-from modip_ray.runfolder import RoleLost, RunFolder, command_line, disk_errors, machine, versions
+from modip_ray.runfolder import RoleLost, RunFolder, command_line, disk_errors, machine, run_path, versions
 from modip_ray.session import Session, Stopped, StopSignals, score, scores_of
 from modip_ray.start import adopt, flat
 from modip_ray.tasks.envs import EnvFactory
@@ -172,7 +172,7 @@ def evaluate(session: Session, system: System) -> dict:
     found = scores_of(cfg, report.outcomes)
     scores: dict[str, dict] = {"data": session.data_score, **{mode: found[mode] for mode in modes_of(cfg)}}
     return {"task": cfg.task.name, "method": cfg.method, "algorithm": method_of(flat(cfg)), "env_id": cfg.task.env,
-            "run_dir": cfg.run_dir or str(session.folder.path), "command": command_line(), "scores": scores,
+            "run_dir": str(run_path(cfg) if cfg.run_dir else session.folder.path), "command": command_line(), "scores": scores,
             "env_steps": report.env_steps, "updates": report.updates,
             "wall_s": round(session.log.wall_s, 2), "phase_s": session.timed.count(), "versions": versions(),
             "git": session.git, "machine": machine(), "config_hash": cfg.hash()}

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import yaml
 
@@ -32,7 +32,8 @@ from modip_ray.report.rundata import flatten
 
 FREE = ("run_dir", "serial", "resources.", "log.", "eval.", "online.env_steps", "rollout.num_workers", "rollout.env_timeout_s",
         "rollout.max_env_failures", "planner.replicas")    # may differ when a run goes on
-LOCK = ".lock"                      # of the process that trains in a folder; stays there
+LOCK = ".lock"                      # of the process that works in a folder; stays there
+AGAIN = "give the same command again"
 OFFLINE_PHASES = ("data", "pretrain")
 PACKAGES = ("torch", "numpy", "ray", "gymnasium", "mujoco")
 
@@ -45,15 +46,14 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """In the block, a full, read-only or broken disk is a RunError."""
+def disk_errors(folder: Path, then: str = "the same command goes on from the last checkpoint") -> Iterator[None]:
+    """In the block, a full, read-only or broken disk is a RunError; then: what its mending comes to."""
     try:
         yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise RunError(f"{error.filename or folder}: cannot be written ({os.strerror(error.errno)}); make room or give access, and the same command goes on "
-                       "from the last checkpoint") from error
+        raise RunError(f"{error.filename or folder}: cannot be written ({os.strerror(error.errno)}); make room or give access, and {then}") from error
 
 
 @contextmanager
@@ -71,7 +71,7 @@ class RoleLost(RunError):
 
 
 def run_path(cfg: Config) -> Path:
-    return Path(cfg.run_dir) if cfg.run_dir else Path("runs") / f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(os.path.expanduser(cfg.run_dir)) if cfg.run_dir else Path("runs") / f"{cfg.task.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 class RunFolder:
@@ -79,11 +79,7 @@ class RunFolder:
 
     def __init__(self, cfg: Config):
         self.cfg, self.path = cfg, run_path(cfg).resolve()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = self.locked()
-        except (OSError, ValueError) as error:                                      # ValueError: a name that no file can have
-            raise RunError(f"run_dir: {shown(str(self.path))} cannot be made or written ({error}); choose another run_dir") from error
+        self.lock = locked(self.path, "run_dir", "another process is training in this folder; wait for it, stop it, or use another run_dir")
         self.checkpoint: Checkpoint | None = None
         try:
             self.open()
@@ -120,15 +116,6 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def locked(self) -> Any:
-        handle = open(self.path / LOCK, "w")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.close()
-            raise RunError(f"{self.path}: another process is training in this folder; wait for it, stop it, or use another run_dir") from error
-        return handle
-
     def restore(self, address: str) -> None:
         """What the mirror has of the run, into a folder that has nothing yet (log.mirror). ConfigError where the mirror is of other settings."""
         mirror = Mirror(address)
@@ -140,7 +127,7 @@ class RunFolder:
         if text is not None:
             check_same(yaml.safe_load(text), self.cfg, address)
         with mirror_errors(address):
-            found = mirror.pull(self.path)
+            found = mirror.pull(self.path, disk_errors)
         if found is not None:
             print(f"restored from {address}: checkpoint {found.path.name}", flush=True)
 
@@ -157,6 +144,24 @@ class RunFolder:
 
     def __exit__(self, *exc: object) -> None:
         self.lock.close()
+
+
+def locked(folder: Path, setting: str, busy: str) -> TextIO:
+    """The lock of a folder, which is made if need be; it is this process's alone until it is closed. RunError where it cannot be had.
+
+    setting : what names the folder; busy: what is said where another process has the lock
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / LOCK, "w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.close()
+            raise RunError(f"{folder}: {busy}") from error
+    except (OSError, ValueError) as error:                                          # ValueError: a name that no file can have
+        raise RunError(f"{setting}: {shown(str(folder))} cannot be made or written ({error}); choose another {setting}") from error
+    return handle
 
 
 def is_open(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def adopt(setup: Setup, checkpoints: Path) -> Checkpoint:
     from modip_ray.learning.build import agent_of, device_of, load_weights
     from modip_ray.learning.learner import Learner
     from modip_ray.learning.updater import learner_state, load_learner
-    cfg, run = setup.cfg, Path(str(setup.cfg.pretrain.start))
+    cfg, run = setup.cfg, Path(os.path.expanduser(str(setup.cfg.pretrain.start)))
     source, differing = start_checkpoint(run), offline_differences(saved_config(run), cfg)
     own = differing if cfg.policy.kind == "tdmpc2" else [k for k in differing if belongs(k, POLICY)]           # a policy of latents goes with their encoder
     wrong = [k for k in own if not belongs(k, ONLINE_ONLY)]

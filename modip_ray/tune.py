@@ -29,7 +29,8 @@ __all__ = ["MODIP", "SEARCH_KEYS", "check_mutation", "check_space", "pbt"]
 
 
 class MODIP(tune.Trainable):
-    """config: see above. Each report has {"mpc", "policy"}/{mean, ci95, normalized, return, by_seed}, env_steps, updates, policy_updates, train_s, eval_s.
+    """config: see above. Each report has {"mpc", "policy"}/{mean, return, normalized; ci95 and by_seed of each} (search/scores.py), env_steps, updates,
+    policy_updates, train_s, eval_s.
 
     A trial is done after online.env_steps. ConfigError for a setting that cannot be used comes from the driver where it can, when the trial is made.
     """

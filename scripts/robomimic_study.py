@@ -77,7 +77,7 @@ def quantiles(values: list | np.ndarray) -> dict[str, float]:
 # ---- replay ----------------------------------------------------------------------------------------------------------------------------------
 
 def replay(path: Path) -> dict:
-    kwargs = env_kwargs(read_env_args(path))
+    kwargs = env_kwargs(read_env_args(path), gripper_ramp=True)
     figures = {"file": path.name, "env_name": kwargs["name"]}
     variants = (("recorded_object", True, True), ("object_drawn_anew", True, False), ("recorded_object_gripper_of_15", False, True))
     for name, gripper_ramp, with_object in variants:

@@ -4,7 +4,8 @@ import re
 import pytest
 import yaml
 
-from modip_ray.config import Config, ConfigError, config_dir, load, read_yaml, task_names
+from modip_ray import cli
+from modip_ray.config import Config, ConfigError, config_dir, load, parse_override, read_yaml, task_names
 
 DEFAULT = config_dir() / "default.yaml"
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
@@ -31,6 +32,20 @@ def test_an_unusable_override_says_what_and_names_the_nearest(override, parts):
         load(overrides=[override])
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("words, settings", [
+    ("train task=hopper-medium --config demo run_dir=x seed=1", ["task=hopper-medium", "run_dir=x", "seed=1"]),
+    ("study main out=x --table seeds=[0]", ["out=x", "seeds=[0]"]), ("train --config demo seed=1", ["seed=1"]),
+    ("train seed=1 --config demo --seed=2", None), ("train seed=1 --config demo run_dir", None), ("eval runs/x guard.trust=1", None),
+])
+def test_settings_may_stand_before_and_behind_options(words, settings, capsys):
+    if settings is not None:
+        assert cli.parsed(words.split()).settings == settings
+        return
+    with pytest.raises(SystemExit, match="2"):
+        cli.parsed(words.split())
+    assert "unknown argument(s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("override, parts", [
@@ -176,6 +191,26 @@ def test_replace_is_a_checked_copy():
         cfg.replace({"policy.width": 0})
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.policy.width = 3
+
+
+@pytest.mark.parametrize("task, overrides, found", [
+    ("hopper-medium", ["task.env_kwargs.ctrl_cost_weight=0", "task.env_kwargs.forward_reward_weight=2"], {"ctrl_cost_weight": 0, "forward_reward_weight": 2}),
+    ("lift-ph", ["task.env_kwargs.gripper_ramp=false"], {"name": "Lift", "terminate_on_success": True, "gripper_ramp": False}),
+    ("lift-ph", ["task.env_kwargs.a.b=1", "task.env_kwargs.a.c=2"], {"name": "Lift", "terminate_on_success": True, "a": {"b": 1, "c": 2}}),
+    ("lift-ph", ["task.env_kwargs.name.of=1"], {"name": {"of": 1}, "terminate_on_success": True}),
+    ("lift-ph", ["task.env_kwargs={name: Lift}"], {"name": "Lift"}),
+])
+def test_an_override_below_a_mapping_of_the_users_keeps_its_other_keys(task, overrides, found):
+    assert load(overrides=[f"task={task}", *overrides]).task.env_kwargs == found
+    assert load(overrides=[f"task={task}"]).replace(dict(map(parse_override, overrides))).task.env_kwargs == found
+
+
+def test_a_range_of_workers_and_placements_can_be_set_key_by_key():
+    cfg = load(overrides=["rollout.num_workers.min=1", "rollout.num_workers.max=4", "resources.placement.rollout.z=3", "resources.placement.planner.x=1"])
+    again = cfg.replace({"rollout.num_workers.max": 8, "resources.placement.rollout.y": 2})
+    assert (cfg.rollout.least, cfg.rollout.most, again.rollout.least, again.rollout.most) == (1, 4, 1, 8)
+    assert cfg.resources.placement == {"rollout": {"z": 3}, "planner": {"x": 1}}
+    assert again.resources.placement == {"rollout": {"z": 3, "y": 2}, "planner": {"x": 1}}
 
 
 @pytest.mark.parametrize("overrides", [[], ["task=hopper-medium", "policy.lr=1e-5", "run_dir=a b", "data.max_transitions=7"]])

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from modip_ray.cli import data as data_cli
+from modip_ray.config import ConfigError
 from modip_ray.progress import ProgressLine
+from modip_ray.runfolder import RunError
 from modip_ray.tasks import catalogue as cat
+from modip_ray.tasks import readers
 from modip_ray.tasks.d4rl_data import read_d4rl, write_d4rl
 from modip_ray.tasks.dataset import DataError
 from modip_ray.tasks.episode import Episode
@@ -172,6 +175,23 @@ def test_convert_refuses(modip, file, tmp_path):
         modip("convert", file, tmp_path / "b.hdf5", "--env", "Hopper-v4")
     with pytest.raises(DataError, match="no such file"):
         modip("convert", tmp_path / "none.hdf5", tmp_path / "b.hdf5")
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_read(modip, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "read_any", lambda *a, **k: pytest.fail("the source was read"))
+    with pytest.raises(ConfigError, match="cannot be written, .* is no folder; give another name"):
+        modip("convert", file, file / "below" / "x.hdf5")
+    monkeypatch.setattr("os.access", lambda *a: False)
+    with pytest.raises(ConfigError, match="x.hdf5: cannot be written, the rights are missing; give another name"):
+        modip("convert", file, tmp_path / "x.hdf5")
+
+
+def test_a_disk_that_fills_up_is_said(modip, file, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(RunError, match="x.hdf5: cannot be written .No space left on device.; make room or give access, and give the same command again"):
+        modip("convert", file, tmp_path / "x.hdf5")
 
 
 def test_convert_keeps_what_the_file_says(modip, file, tmp_path):

@@ -18,7 +18,7 @@ from zipfile import ZipFile
 import pytest
 
 from cluster.local import LocalCluster
-from modip_ray.cli import parser
+from modip_ray.cli import parsed
 from modip_ray.cli.submitted import check_name, on_cluster, prepare, shell_word, submission
 from modip_ray.config import ConfigError
 from modip_ray.jobs import client as jobs
@@ -228,6 +228,8 @@ def test_commands_for_the_cluster(tmp_path):
     assert addressed.arguments == ["train", "run_dir=/s/runs/n2", "--config", "cluster"], "the file has the address"
     first = prepare(["train", "run_dir=runs/d", "seed=1", "--config", "demo"], None, "/s", tmp_path)
     assert first.arguments == ["train", "seed=1", "run_dir=/s/runs/d", "resources.ray_address=auto", "--config", "demo"]
+    around = prepare(["train", "seed=1", "--config", "demo", "run_dir=runs/d", "planner.horizon=2"], None, "/s", tmp_path)
+    assert around.arguments == ["train", "seed=1", "--config", "demo", "planner.horizon=2", "run_dir=/s/runs/d", "resources.ray_address=auto"]
     absolute = prepare(["train", "run_dir=/data/r1"], None, "/s", tmp_path)
     assert (absolute.run_dir, absolute.local_dir) == ("/data/r1", "runs/r1")
     unnamed = prepare(["train", "task=hopper-medium"], None, "/s", tmp_path)
@@ -244,8 +246,16 @@ def test_commands_for_the_cluster(tmp_path):
     assert measured.arguments == ["eval", "~/s/runs/d", "--mode", "all", "--json", "~/s/runs/d/e.json"] and measured.local_dir == "runs/d"
     joined = prepare(["eval", "runs/d", "--json=e.json", "--mode=all"], None, "~/s", tmp_path)
     assert joined.arguments == ["eval", "~/s/runs/d", "--json=~/s/e.json", "--mode=all"]
-    for command in (train, named, absolute, first, search, started, compared, measured, joined):
-        assert parser().parse_args(command.arguments), "it can be read where it is to run"
+    rolled = prepare(["collect", "--policy", "p.hdf5", "--transitions", "9", "--out", "d/o.hdf5"], None, "~/s", tmp_path)
+    assert rolled.arguments == ["collect", "--policy", "~/s/p.hdf5", "--transitions", "9", "--out", "~/s/d/o.hdf5"], "no file here: a run folder there"
+    for travels, policy in ((True, "p.hdf5"), (True, "./d/p.hdf5"), (False, "runs/p.hdf5"), (False, "d/.p.hdf5"), (False, "d/large.hdf5")):
+        (tmp_path / policy).parent.mkdir(exist_ok=True)
+        with open(tmp_path / policy, "wb") as file:
+            file.truncate(51_000_000 if "large" in policy else 1)
+        rolled = prepare(["collect", f"--policy={policy}", "--transitions=9", "--out", "d/o.hdf5"], None, "~/s", tmp_path)
+        assert rolled.arguments == ["collect", f"--policy={policy if travels else f'~/s/{policy}'}", "--transitions=9", "--out", "~/s/d/o.hdf5"]
+    for command in (train, named, around, absolute, first, search, started, compared, measured, joined):
+        assert parsed(command.arguments), "it can be read where it is to run"
     both = prepare(["report", "runs/a", "runs/b"], None, "~/s", tmp_path)
     assert both.arguments == ["report", "~/s/runs/a", "~/s/runs/b"] and both.run_dir is None
     entry = submission(train, "python3", tmp_path / "p.zip").entrypoint

@@ -10,9 +10,11 @@ import yaml
 
 from modip_ray.config import ConfigError, config_dir, load
 from modip_ray.learning.checkpoint import newest
+from modip_ray.learning.evaluation import Job, Outcome
+from modip_ray.report.rundata import flatten
 from modip_ray.runfolder import RunError
-from modip_ray.search.report import read_rows
-from modip_ray.search.scores import nested_bootstrap
+from modip_ray.search.report import TrialResult, read_rows, summary
+from modip_ray.search.scores import aggregated, nested_bootstrap
 from modip_ray.search.settings import trial_settings
 from modip_ray.search.spec import load_search
 from modip_ray.search.trial import Trial, start_checkpoint
@@ -59,7 +61,7 @@ def same(a: Path, b: Path, seeds=(0,)) -> bool:
     ({"steps_per_iteration": 0}, ["steps_per_iteration", "got 0"]),
     ({"online.env_steps": 0}, ["online.env_steps", "online phase"]),
     ({"cpus": -1}, ["cpus", "-1"]),
-    ({"resources.device": "cuda"}, ["gpus", "cuda"]),
+    ({"resources.device": "cuda"}, ["gpus", "cuda"]), ({"task.env": "Walker2d-v4"}, ["task.family", "set task.family=walker2d"]),
     ({"gpus": 1.5}, ["gpus", "got 1.5", "whole number"]),
 ])
 def test_a_configuration_that_cannot_run_says_what_and_names_the_nearest(extra, words):
@@ -140,6 +142,23 @@ def test_a_search_that_cannot_run_says_what_and_names_the_nearest(override, word
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_said(tmp_path, place):
+    from modip_ray.search.run import opened
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"out: '.*{place}' cannot be made or written .*; choose another out"), opened(tmp_path / place, load_search("tiny")):
+        pass
+
+
+def test_the_home_folder_of_out_and_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_search("tiny", ["out=~/x"]).folder == tmp_path / "x"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(load(overrides=["online.env_steps=9"]).dump())
+    settings = trial_settings({"start": "~/run", "online.env_steps": 7})
+    assert (settings.start, settings.cfg.online.env_steps) == (tmp_path / "run", 7)
+
+
 def test_an_unknown_search_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'guard_asha'"):
         load_search("gard_asha")
@@ -153,6 +172,17 @@ def test_the_interval_grows_with_the_spread_between_seeds():
     assert wide > 5 * narrow > 0
     low, high = nested_bootstrap(episodes[:1], 2000)
     assert low < episodes[0].mean() < high
+
+
+@pytest.mark.parametrize("metric, mean, seeds", [("mpc/mean", 0.5, [0.0, 1.0]), ("mpc/return", 2.0, [1.0, 3.0]), ("mpc/normalized", 50.0, [25.0, 75.0])])
+def test_interval_and_seeds_of_a_table_are_the_metrics_own(metric, mean, seeds):
+    measures = [{"subtasks/4": [value] * 3, "return": [ret] * 3} for value, ret in ((0.0, 1.0), (1.0, 3.0))]                # two training seeds
+    reports = [SimpleNamespace(outcomes=[Outcome(Job(mode, (0, 1, 2)), m, [5] * 3) for mode in ("policy", "mpc")]) for m in measures]
+    row = {k.replace(".", "/"): v for k, v in flatten(aggregated(load(overrides=["task=kitchen-complete"]), reports)).items()}
+    search = load_search("tiny", [f"metric={metric}"])
+    (trial,) = summary(search, [TrialResult(0, Path("t"), {}, [row], None, None)], 1.0)["trials"]
+    assert (trial[metric], trial["by_seed"]) == (mean, seeds) and trial["ci95"] == seeds                           # the bootstrap's ends: one seed, drawn twice
+    assert aggregated(load(overrides=["task.family=null"]), reports)["mpc"]["normalized_ci95"] is None
 
 
 def test_a_restored_trial_goes_on_bit_for_bit_and_its_checkpoint_is_a_run_folder(tmp_path, data):

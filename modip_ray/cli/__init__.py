@@ -16,10 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (sys.argv[1:] if argv is None else argv):
         parser().print_help()
         sys.exit(2)
-    args, rest = parser().parse_known_args(argv)
-    if rest and args.command != "bench":
-        parser().error(f"unknown argument(s) {' '.join(rest)}; settings are given as key=value, e.g. planner.horizon=3")
-    args.rest = rest
+    args = parsed(argv)
     try:
         code = args.run(args)
     except mendable() as error:
@@ -32,6 +29,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nmodip {args.command}: interrupted{again}", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of one command, of which settings (key=value) may stand before and behind its options; `rest`: those of bench."""
+    args, rest = parser().parse_known_args(argv)
+    if args.command in ("train", "tune", "study") and all("=" in word and not word.startswith("-") for word in rest):
+        args.settings, rest = [*args.settings, *rest], []                           # argparse takes one group of them only
+    if rest and args.command != "bench":
+        parser().error(f"unknown argument(s) {' '.join(rest)}; settings are given as key=value, e.g. planner.horizon=3")
+    args.rest = rest
+    return args
 
 
 def mendable() -> tuple[type[Exception], ...]:

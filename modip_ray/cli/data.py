@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from modip_ray.cli.arguments import command, positive
+from modip_ray.output_file import check_output
 from modip_ray.progress import ProgressLine, size_text
 
 MINARI = "minari:"
@@ -127,6 +128,7 @@ def verify_file(source: str, max_episode_steps: int | None = None) -> str:
 
 
 def run_convert(args: argparse.Namespace) -> int:
+    from modip_ray.runfolder import AGAIN, disk_errors
     from modip_ray.tasks.d4rl_data import write_d4rl
     from modip_ray.tasks.dataset import DataError, describe
     from modip_ray.tasks.readers import read_any
@@ -139,10 +141,13 @@ def run_convert(args: argparse.Namespace) -> int:
     target = str(Path(target).expanduser()) if to == "d4rl" else target
     if to == "d4rl" and Path(target).exists():
         raise DataError(f"{target}: exists already; delete it, or choose another name")
+    if to == "d4rl":
+        check_output(Path(target))
     dataset = read_any(args.source, max_episode_steps=args.max_episode_steps, progress=ProgressLine(args.source))
     if to == "d4rl":
         about = {"converted_from": args.source} | ({"notes": "; ".join(dataset.notes)} if dataset.notes else {})
-        write_d4rl(target, dataset.episodes, {**dataset.metadata, **about})
+        with disk_errors(Path(target), AGAIN):
+            write_d4rl(target, dataset.episodes, {**dataset.metadata, **about})
         print(describe(read_any(target)))
     else:
         from modip_ray.tasks.minari_data import read_minari, write_minari

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -82,18 +83,24 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def run_restore(args: argparse.Namespace) -> int:
     from modip_ray.learning.mirror import Mirror
-    from modip_ray.runfolder import RunError, mirror_errors
+    from modip_ray.runfolder import AGAIN, RunError, disk_errors, mirror_errors
     if args.run_folder.exists():
         raise RunError(f"{args.run_folder}: is there already; give the name of a new folder")
-    with mirror_errors(args.address):
-        found = Mirror(args.address).pull(args.run_folder)
-    if found is None:
-        raise RunError(f"{args.address}: has no finished checkpoint; expected what a run with log.mirror={args.address} puts there")
+    check_output(args.run_folder / "config.yaml")
+    try:
+        with mirror_errors(args.address):
+            found = Mirror(args.address).pull(args.run_folder, lambda run: disk_errors(run, AGAIN))
+        if found is None:
+            raise RunError(f"{args.address}: has no finished checkpoint; expected what a run with log.mirror={args.address} puts there")
+    except BaseException:
+        shutil.rmtree(args.run_folder, ignore_errors=True)                          # the same command begins anew
+        raise
     print(found.path)
     return 0
 
 
 def run_collect(args: argparse.Namespace) -> int:
+    from modip_ray.runfolder import AGAIN, disk_errors
     from modip_ray.saved_run import collect_run
     from modip_ray.tasks.d4rl_data import describe
     overrides = [f"data.transitions={args.transitions}", f"seed={args.seed}"]
@@ -102,18 +109,20 @@ def run_collect(args: argparse.Namespace) -> int:
     if is_run and args.task:
         raise ConfigError("--task cannot be given with a run folder: a run's policy acts in the run's own task")
     check_output(args.out, new=True)
-    print(describe(collect_run(cfg, args.policy, args.mode, args.transitions, args.seed, args.out)))
+    with disk_errors(args.out, AGAIN):
+        print(describe(collect_run(cfg, args.policy, args.mode, args.transitions, args.seed, args.out)))
     return 0
 
 
 def run_report(args: argparse.Namespace) -> int:
     from modip_ray.report.page import write_report
-    from modip_ray.runfolder import RunError
+    from modip_ray.runfolder import AGAIN, RunError, disk_errors
     if args.video:
         for run in args.runs:
             make_video(run, write_page=False)
     try:
-        print(write_report(args.runs))
+        with disk_errors(args.runs[0], AGAIN):
+            print(write_report(args.runs))
     except ValueError as error:
         raise RunError(str(error)) from error
     return 0
@@ -131,7 +140,7 @@ def make_video(run: Path, write_page: bool = True) -> None:
     pairs = [("BC", load(run, "bc").chunks), (cfg.method.upper(), load(run, modes_of(cfg)[-1]).chunks)]
     try:
         info = side_by_side(pairs, rendering_env(cfg), cfg.eval.seed, cfg.task.max_episode_steps, run / "report" / "video.mp4")
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"modip: no video: {error}", file=sys.stderr)
         return
     print(f"{info.path}  ({info.frames} frames, {info.seconds:.0f} s)")

@@ -21,8 +21,10 @@ def run(args: argparse.Namespace) -> int:
     from modip_ray.study.spec import load_study
     study = load_study(args.study_file, args.settings)
     if args.table:
+        from modip_ray.runfolder import AGAIN, disk_errors
         from modip_ray.study.table import write_results
-        write_results(study)
+        with disk_errors(study.folder, AGAIN):
+            write_results(study)
     else:
         from modip_ray.study.run import run_study
         run_study(study)

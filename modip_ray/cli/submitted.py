@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from modip_ray.config import ConfigError, load
 from modip_ray.jobs.client import JobError, Submission
+from modip_ray.jobs.package import takes_along
 
 STORAGE = "~/modip_ray_runs"
 RUN_ARGUMENTS = ("run_folder", "runs", "json_file", "out", "policy")       # of the other commands: paths that live with the runs
@@ -31,10 +32,10 @@ class Command:
 
 def prepare(arguments: Sequence[str], name: str | None, storage: str, folder: Path) -> Command:
     """Check the command as if it were to run here in `folder`, and turn its run folder into one under `storage`."""
-    from modip_ray.cli import parser
+    from modip_ray.cli import parsed
     if not arguments:
         raise JobError("nothing to run: give a command behind --, e.g. modip submit -- train task=hopper-medium run_dir=runs/hopper")
-    args, _ = parser().parse_known_args(list(arguments))
+    args = parsed(list(arguments))
     if args.command in ("submit", "jobs"):
         raise JobError(f"'{args.command}' itself cannot be submitted; give train, eval, report, ... behind --")
     if args.command == "train":
@@ -55,7 +56,7 @@ def prepare(arguments: Sequence[str], name: str | None, storage: str, folder: Pa
         with chdir(folder):
             study = load_study(args.study_file, args.settings)
         return writing(arguments, args.settings, str(args.study_file), {"out": str(study.out)}, name or study.folder.name, storage, {})
-    return other(list(arguments), args, name, storage)
+    return other(list(arguments), args, name, storage, folder)
 
 
 def writing(arguments: Sequence[str], settings: Sequence[str], before: str, moved: Mapping[str, str | None], label: str, storage: str,
@@ -63,7 +64,7 @@ def writing(arguments: Sequence[str], settings: Sequence[str], before: str, move
     """train, tune and study: the settings `moved`, which name run folders, wherever they came from, under `storage`, as runs do not travel (None: not given;
     the last one is the folder that is written), and the cluster's address unless the user gave one.
 
-    They stand behind the user's own settings, or behind the argument `before`: argparse takes no second group of settings behind an option.
+    They stand behind the last of the user's own settings, or behind the argument `before`.
     """
     given = {item.partition("=")[0] for item in settings}
     there = {key: on_cluster(value, storage) for key, value in moved.items() if value is not None}
@@ -74,10 +75,12 @@ def writing(arguments: Sequence[str], settings: Sequence[str], before: str, move
     return Command([*kept, *(f"{key}={value}" for key, value in own.items()), *arguments[end:]], label, there[folder], here_for(str(moved[folder])))
 
 
-def other(arguments: list[str], args: argparse.Namespace, name: str | None, storage: str) -> Command:
-    """eval, report, collect, ...: relative paths that name runs (or what is written) become paths under `storage`."""
-    values = [getattr(args, name, None) for name in RUN_ARGUMENTS]
-    paths = {str(Path(v)) for value in values if value is not None for v in (value if isinstance(value, list) else [value]) if str(v) != "demonstrator"}
+def other(arguments: list[str], args: argparse.Namespace, name: str | None, storage: str, folder: Path) -> Command:
+    """eval, report, collect, ...: relative paths that name runs (or what is written) become paths under `storage`; a policy's file travels as it is named."""
+    values = {name: getattr(args, name, None) for name in RUN_ARGUMENTS}
+    if values["policy"] == "demonstrator" or (values["policy"] is not None and takes_along(folder, values["policy"])):
+        del values["policy"]
+    paths = {str(Path(v)) for value in values.values() if value is not None for v in (value if isinstance(value, list) else [value])}
 
     def there(argument: str) -> str:
         option, sep, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)

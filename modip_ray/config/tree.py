@@ -13,7 +13,7 @@ from typing import Any, Literal
 from modip_ray.config.rules import ConfigError, shown
 from modip_ray.config.yaml_data import parse_scalar
 
-FREE_FORM = ("env_kwargs", "placement", "num_workers")      # taken over whole: their keys are the user's, or they may be a number as well
+FREE_FORM = ("env_kwargs", "placement", "num_workers")      # a file's replaces that below it whole: the keys are the user's, or it may be a number
 
 
 def stacked(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -36,10 +36,24 @@ def merge(tree: dict[str, Any], layer: dict[str, Any], source: str, prefix: str 
 
 
 def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    layer: Any = value
-    for part in reversed(dotted.split(".")):
+    """Set one key of `tree` in place. A key below one of FREE_FORM is set in a copy of the mapping there, whose other keys stay."""
+    parts = dotted.split(".")
+    end = next((i for i, part in enumerate(parts, 1) if part in FREE_FORM), len(parts))
+    there: Any = tree
+    for part in parts[:end]:
+        there = there.get(part) if isinstance(there, dict) else None
+    layer = with_entry(there, parts[end:], value)
+    for part in reversed(parts[:end]):
         layer = {part: layer}
     merge(tree, layer, "override")
+
+
+def with_entry(there: Any, path: Sequence[str], value: Any) -> Any:
+    """`value`, or a copy of the mapping `there` (an empty one where it is none) that has it at `path`."""
+    if not path:
+        return value
+    below = there if isinstance(there, dict) else {}
+    return {**below, path[0]: with_entry(below.get(path[0]), path[1:], value)}
 
 
 def nearest(key: str, allowed: Sequence[str]) -> str:

@@ -39,6 +39,11 @@ def write_package(folder: Path, target: Path) -> list[str]:
     return large
 
 
+def takes_along(folder: Path, name: str | Path) -> bool:
+    """The package of `folder` holds this file, named as it is from there."""
+    return any(path == folder / name and path.stat().st_size <= FILE_BYTES for path in files_of(folder))
+
+
 def files_of(folder: Path) -> Iterator[Path]:
     """Files of the user's folder that travel, in a fixed order; a modip_ray checkout's own package is added apart."""
     for base, folders, names in os.walk(folder):

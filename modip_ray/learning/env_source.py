@@ -12,7 +12,9 @@ import numpy as np
 from modip_ray.config import ConfigError, Task, nearest
 from modip_ray.config.rules import shown
 from modip_ray.tasks.envs import EnvError, EnvFactory, make_env, make_envs, reset_env, run_chunk
-from modip_ray.tasks.scores import REFERENCE
+from modip_ray.tasks.scores import REFERENCE, env_family
+
+OLD_PHYSICS = "modip_ray.tasks.d4rl_physics:"       # its env_kwargs say which environment it is
 
 
 def env_factory(task: Task) -> EnvFactory:
@@ -62,10 +64,23 @@ def own_class(name: str) -> EnvFactory:
 
 
 def check_family(task: Task) -> None:
-    """ConfigError for a family without reference scores."""
+    """ConfigError for a family without reference scores, or of another environment, whose references would make wrong normalised scores."""
     if task.family is not None and task.family not in REFERENCE:
         known = f"known: {', '.join(REFERENCE)}; null for a task of your own"
         raise ConfigError(f"task.family: got {shown(task.family)}{nearest(task.family, list(REFERENCE))} ({known})")
+    found = known_family(task)
+    if task.family is not None and found is not None and found != task.family:
+        raise ConfigError(f"task.family: got {task.family!r}, but {known_id(task)!r} is of {found}, whose scores are normalised otherwise; set "
+                          f"task.family={found}, or task.family=null for raw scores only")
+
+
+def known_family(task: Task) -> str | None:
+    """Family of the environment where its id is of one; None for any other."""
+    return env_family(known_id(task))
+
+
+def known_id(task: Task) -> str:
+    return str(task.env_kwargs.get("env_id", "Hopper-v4")) if task.env.startswith(OLD_PHYSICS) else task.env
 
 
 def try_one_step(env: gym.Env) -> None:

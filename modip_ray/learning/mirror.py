@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def file_system(address: str) -> tuple[FileSystem, str]:
                           "tools take them")
     try:
         if "://" not in address:
-            return FileSystem.from_uri(Path(address).resolve().as_uri())
+            return FileSystem.from_uri(Path(os.path.expanduser(address)).resolve().as_uri())
         return FileSystem.from_uri(address)
     except (ValueError, OSError) as error:
         import fsspec
@@ -114,33 +115,40 @@ class Mirror:
             if (run / name).is_file():
                 self.write(name, (run / name).read_bytes())
 
-    def pull(self, run: Path) -> Checkpoint | None:
-        """The newest sound checkpoint, and what is beside it, into a run's folder; None where there is none, or none that was sent whole. CheckpointError
-        where all are damaged."""
+    def pull(self, run: Path, writing: Callable[[Path], AbstractContextManager] = nullcontext) -> Checkpoint | None:
+        """The newest sound checkpoint, and what is beside it, into a run's folder; None where there is none, or none that was sent
+        whole. CheckpointError where all are damaged.
+
+        writing : what is written here is written within writing(run), which tells its errors from those of the mirror
+        """
         problems = []
         for name in self.names():
             if self.read(f"{CHECKPOINTS}/{name}/{DONE}") is None:                   # its sending was cut short
                 continue
             folder = run / CHECKPOINTS / f".{name}"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            with writing(run):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
             for file in [*self.sums(name), DONE]:
                 content = self.read(f"{CHECKPOINTS}/{name}/{Path(file).name}")
                 if content is not None:
-                    (folder / Path(file).name).write_bytes(content)
+                    with writing(run):
+                        (folder / Path(file).name).write_bytes(content)
             try:
                 verified(folder)
             except CheckpointError as error:
                 problems.append(str(error))
                 shutil.rmtree(folder)
                 continue
-            shutil.rmtree(final := folder.with_name(name), ignore_errors=True)      # of a restoring that was cut short
-            os.replace(folder, final)
+            with writing(run):
+                shutil.rmtree(final := folder.with_name(name), ignore_errors=True)  # of a restoring that was cut short
+                os.replace(folder, final)
             for other in reversed(BESIDE):                                          # config.yaml last: with it all is there
                 content = self.read(other)
                 if content is not None:
-                    (run / other).parent.mkdir(exist_ok=True)
-                    write_synced(run / other, content)
+                    with writing(run):
+                        (run / other).parent.mkdir(exist_ok=True)
+                        write_synced(run / other, content)
             return verified(final)
         if problems:
             raise CheckpointError(f"{self.address}: none of its checkpoints can be used ({'; '.join(problems)})")

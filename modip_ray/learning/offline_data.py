@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 from modip_ray.config import Config, ConfigError, Task
-from modip_ray.learning.env_source import spaces
+from modip_ray.learning.env_source import known_family, spaces
 from modip_ray.tasks.catalogue import catalogue
 from modip_ray.tasks.collect import Policy, collect
 from modip_ray.tasks.d4rl_data import DataError, Dataset, write_d4rl
@@ -22,12 +22,13 @@ from modip_ray.tasks.episode import Episode
 from modip_ray.tasks.kitchen import Kitchen, newly_done
 from modip_ray.tasks.readers import MINARI, read_any
 from modip_ray.tasks.robomimic_data import LAYOUTS, robosuite_version
+from modip_ray.tasks.robosuite_env import CONTROLLER, common_controller, controller_config
 from modip_ray.tasks.scores import env_family
 
 Progress = Callable[[int, int], None]
 
 POLICY = "policy:"
-ROBOSUITE, OLD_PHYSICS = "modip_ray.tasks.robosuite_env:", "modip_ray.tasks.d4rl_physics:"     # environments of ours whose env_kwargs say which task it is
+ROBOSUITE = "modip_ray.tasks.robosuite_env:"        # its env_kwargs say which task it is
 OFFICIAL = ("mujoco", "D4RL")       # Minari's own namespaces, where a family follows; elsewhere a user may call a data set anything
 GOAL_TOLERANCE = 1e-3
 
@@ -197,6 +198,7 @@ def check_task(cfg: Config, dataset: Dataset) -> None:
                         "give data.source a file of that task, or task=NAME the one of these data")
     if "robosuite" in dataset.metadata and task.env.startswith(ROBOSUITE):
         check_gripper(task, dataset)
+        check_controller(task, dataset)
     found, told = data_family(cfg, dataset)
     expected = task_family(task)
     if found is not None and expected is not None and found != expected:
@@ -216,6 +218,24 @@ def check_gripper(task: Task, dataset: Dataset) -> None:
     raise DataError(f"{dataset.source}: is of robosuite {version}, whose gripper differs from the one before 1.5, which task.env_kwargs has unless it says "
                     f"otherwise; say which moves: task.env_kwargs='{own}' for robosuite 1.5's (demonstrations recorded with it), or '{before}' for the one "
                     "before (recorded before 1.5, as RoboMimic's own are, and converted)")
+
+
+def check_controller(task: Task, dataset: Dataset) -> None:
+    """DataError where the file states another controller than task.env_kwargs asks for; it may state none."""
+    if "controller_configs" not in dataset.metadata:
+        return
+    try:
+        found = common_controller(json.loads(dataset.metadata["controller_configs"]))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{dataset.source}: was recorded with a controller that {task.env} does not have ({error}); give data.source data of RoboMimic's "
+                        "OSC_POSE controller, or task.env an environment of your own") from error
+    expected = controller_config(task.env_kwargs.get("controller") or CONTROLLER)
+    differing = [f"{key} is {found[key]!r} there, {expected[key]!r} here" for key in found if found[key] != expected[key]]
+    if differing:
+        own = {key: value for key, value in found.items() if value != CONTROLLER[key]}
+        given = {key: value for key, value in task.env_kwargs.items() if key != "controller"} | ({"controller": own} if own else {})
+        raise DataError(f"{dataset.source}: was recorded with another controller than {task.env} has: {'; '.join(differing[:3])}; give data.source data of the "
+                        f"task's controller, or the task these data's: task.env_kwargs='{json.dumps(given)}'")
 
 
 def data_family(cfg: Config, dataset: Dataset) -> tuple[str | None, str]:
@@ -243,8 +263,7 @@ def family_named(source: str) -> str | None:
 
 def task_family(task: Task) -> str | None:
     """Family of the environment where its id is of one, else task.family."""
-    env_id = task.env_kwargs.get("env_id", "Hopper-v4") if task.env.startswith(OLD_PHYSICS) else task.env
-    return env_family(str(env_id)) or task.family
+    return known_family(task) or task.family
 
 
 def check_goal(env: Kitchen, dataset: Dataset) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from modip_ray.output_file import check_output
 from modip_ray.report import plan_sections, sections, system_sections
 from modip_ray.report.compare import comparison, names_of
 from modip_ray.report.parts import esc, missing
@@ -33,14 +34,15 @@ _SECTIONS = (
 def write_report(run_dirs: str | Path | Sequence[str | Path]) -> Path:
     """Write `<run_dir>/report/index.html` and return its path; of several runs `<first run_dir>/report/comparison.html`, each one folded below.
 
-    Works on unfinished runs. Raises FileNotFoundError for a folder without metrics.jsonl, ValueError for an empty list or a broken file.
+    Works on unfinished runs. Raises FileNotFoundError for a folder without metrics.jsonl, ValueError for an empty list or a broken file, ConfigError
+    where nothing can be written there.
     """
     folders = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
     if not folders:
         raise ValueError("write_report: got no run folder, expected at least one, as written by 'modip train run_dir=...'")
     path = Path(folders[0]).resolve() / "report" / ("index.html" if len(folders) == 1 else "comparison.html")
     runs = [load_run(folder, path.parent) for folder in folders]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path, mend="give access, or make the report of a copy of the run")
     partial = path.with_suffix(".partial")
     partial.write_text(render(runs), encoding="utf-8")
     os.replace(partial, path)

@@ -14,7 +14,7 @@ from modip_ray.learning.checkpoint import write_synced
 from modip_ray.report.rundata import flatten
 from modip_ray.report.scores import duration, interval, number
 from modip_ray.runfolder import command_line, git_commit, machine, versions
-from modip_ray.search.spec import Search
+from modip_ray.search.spec import PARTS, Search, beside
 
 TRIALS = "trials"                   # folder of Tune's own files inside the search's
 
@@ -74,12 +74,11 @@ def ranked(trials: Sequence[TrialResult], search: Search) -> list[TrialResult]:
 
 def summary(search: Search, trials: Sequence[TrialResult], wall_s: float) -> dict[str, Any]:
     """results.json."""
-    name, order = search.metric.split("/")[0], ranked(trials, search)
     rows = []
-    for t in order:
+    for t in ranked(trials, search):
         rows.append({"trial": t.number, "status": t.status(search.iterations), "iterations": t.last("training_iteration") or 0,
                      "env_steps": t.last("env_steps"), "updates": t.last("updates"), search.metric: t.last(search.metric),
-                     "ci95": t.last(f"{name}/ci95"), "by_seed": t.last(f"{name}/by_seed"),
+                     **{part: t.last(beside(search.metric, part)) for part in PARTS},
                      "policy/mean": t.last("policy/mean"), "mpc/mean": t.last("mpc/mean"), "seconds": t.last("time_total_s"), "params": t.params,
                      "checkpoint": t.checkpoint, "error": t.error,
                      "history": [{k: r.get(k) for k in ("training_iteration", "env_steps", "updates", search.metric)} for r in t.rows]})

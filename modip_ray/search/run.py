@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from modip_ray.actors.cluster import Cluster, environment, nodes
 from modip_ray.actors.placement import Demand, missing
 from modip_ray.config import Config, ConfigError
 from modip_ray.learning.checkpoint import write_synced
-from modip_ray.runfolder import RunError, command_line
+from modip_ray.runfolder import RunError, command_line, disk_errors, locked
 from modip_ray.search import report
 from modip_ray.search.report import TRIALS, TrialResult, read_rows, trial_number
 from modip_ray.search.settings import differing, trial_settings
@@ -45,7 +44,7 @@ def run_search(search: Search) -> dict[str, Any] | None:
 
     Raises ConfigError or RunError with what to do.
     """
-    folder = Path(search.out).resolve()
+    folder = search.folder
     space = param_space(search)
     scheduler = checked_scheduler(search, space)
     base = trial_settings(fixed(search, space)).cfg
@@ -149,12 +148,8 @@ def restore(path: Path) -> tune.Tuner:
 @contextmanager
 def opened(folder: Path, search: Search) -> Iterator[None]:
     """The search's folder for this process alone; ConfigError where it was begun with another search."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder}: another process is searching in this folder; wait for it, stop it, or give another out=...") from error
+    busy = "another process is searching in this folder; wait for it, stop it, or give another out=..."
+    with locked(folder, "out", busy), disk_errors(folder, "the same command goes on"):
         saved = folder / "search.yaml"
         if saved.is_file():
             old, new = yaml.safe_load(saved.read_text()), yaml.safe_load(search.dump())
@@ -194,7 +189,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 def trial_result(search: Search, result: tune.Result) -> TrialResult:
     folder = Path(result.path)
-    checkpoint = result.checkpoint and str(Path(result.checkpoint.path).relative_to(Path(search.out).resolve()))
+    checkpoint = result.checkpoint and str(Path(result.checkpoint.path).relative_to(search.folder))
     return TrialResult(trial_number(folder), folder, {k: (result.config or {}).get(k) for k in search.search}, read_rows(folder),
                        last_line(result.error) if result.error is not None else None, checkpoint)
 

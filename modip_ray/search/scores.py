@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,35 @@ LEVEL = 0.95
 
 
 def aggregated(cfg: Config, reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
-    """{"policy" | "mpc": {"mean", "ci95", "normalized", "return", "by_seed", "metric"}} of one report a training seed.
+    """{"policy" | "mpc": {"mean", "ci95", "by_seed", "return", "return_ci95", "return_by_seed", "normalized", ..., "metric"}} of one report a training seed.
 
-    mean : of the seeds' means; ci95: by a bootstrap over seeds and, within them, episodes; normalized: D4RL's score of the mean return, or None
+    mean       : of the seeds' means of the measure that "metric" names; ci95: by a bootstrap over seeds and, within them, episodes; by_seed: one a seed
+    normalized : D4RL's score of the mean return; None, as its interval and its seeds are, for a task without one
     """
     found = {}
     for mode in REPORTED:
         measures = [joined(report.outcomes, mode)[0] for report in reports]
         name = next(iter(measures[0]))
-        values = np.array([m[name] for m in measures])                              # (seeds, episodes)
-        ret = float(np.mean([m["return"] for m in measures]))
-        low, high = nested_bootstrap(values, cfg.eval.bootstrap)
-        found[mode] = {"mean": float(values.mean()), "ci95": [low, high], "normalized": normalized_score(cfg.task.family, ret), "return": ret,
-                       "by_seed": values.mean(1).tolist(), "metric": name}
+        values, returns = (np.array([m[key] for m in measures]) for key in (name, "return"))       # (seeds, episodes)
+        own, ret = summary(values, cfg.eval.bootstrap), summary(returns, cfg.eval.bootstrap)
+        found[mode] = {**own, **called("return", ret), **called("normalized", normalized(ret, cfg.task.family)), "metric": name}
     return found
+
+
+def summary(values: np.ndarray, resamples: int) -> dict[str, Any]:
+    """{"mean", "ci95", "by_seed"} of (seeds, episodes)."""
+    return {"mean": float(values.mean()), "ci95": list(nested_bootstrap(values, resamples)), "by_seed": values.mean(1).tolist()}
+
+
+def normalized(returns: Mapping[str, Any], family: str | None) -> dict[str, Any]:
+    """The summary of returns by D4RL's score, which is linear in them: that of its mean, of its ends, of each seed."""
+    if family is None:
+        return dict.fromkeys(returns)
+    return {key: [normalized_score(family, x) for x in value] if isinstance(value, list) else normalized_score(family, value) for key, value in returns.items()}
+
+
+def called(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: found["mean"], f"{name}_ci95": found["ci95"], f"{name}_by_seed": found["by_seed"]}
 
 
 def nested_bootstrap(values: np.ndarray, resamples: int, seed: int = 0) -> tuple[float, float]:

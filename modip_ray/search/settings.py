@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from modip_ray.config import Config, ConfigError, load, nearest
 from modip_ray.config.rules import divisible
+from modip_ray.learning.env_source import check_family
 from modip_ray.runfolder import saved_config
 from modip_ray.start import ELSEWHERE, ONLINE_ONLY, belongs, flat, offline_differences
 
@@ -61,13 +63,14 @@ def base_config(search: Mapping[str, Any]) -> Config:
     for key in ("task", "config"):
         if search.get(key):
             raise ConfigError(f"{key}: got {search[key]!r} beside start={str(search['start'])!r}, whose run has settings of its own; leave one out")
-    return saved_config(Path(search["start"]))
+    return saved_config(Path(os.path.expanduser(search["start"])))
 
 
 def settled(base: Config, search: Mapping[str, Any], dotted: Mapping[str, Any]) -> TrialSettings:
     """`base` with the dotted settings, checked."""
-    start = Path(search["start"]).absolute() if search.get("start") else None
+    start = Path(os.path.expanduser(search["start"])).absolute() if search.get("start") else None
     gpus, cfg = number(search, "gpus", 0.0), base.replace(dict(dotted))
+    check_family(cfg.task)
     if cfg.method != "modip":
         raise ConfigError(f"method: got {cfg.method!r}, a search is over settings of modip; compare methods with modip study")
     if start is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from modip_ray.config.tree import typed
 RANGES = {"choice": "a list of values", "grid": "a list of values, each tried num_samples times", "uniform": "[low, high]", "loguniform": "[low, high]",
           "quniform": "[low, high, step]", "randint": "[low, high], high excluded"}
 METRICS = [f"{mode}/{name}" for mode in ("mpc", "policy") for name in ("mean", "normalized", "return")]
+PARTS = ("ci95", "by_seed")          # of a report, beside each of them
 SIZES = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
 
 
@@ -76,6 +78,10 @@ class Search:
     max_concurrent: int | None = None
     ray_address: str = "local"
 
+    @property
+    def folder(self) -> Path:
+        return Path(os.path.expanduser(str(self.out))).resolve()
+
     def params(self) -> dict[str, Any]:
         """The fixed part of the param_space."""
         fixed = {"task": self.task, "config": self.config, "start": self.start, "seeds": self.seeds, "steps_per_iteration": self.steps_per_iteration,
@@ -87,6 +93,12 @@ class Search:
 
     def dump(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def beside(metric: str, part: str) -> str:
+    """Key in a flat report of a metric's interval or seeds: "mpc/ci95" of "mpc/mean", "mpc/return_ci95" of "mpc/return"."""
+    mode, name = metric.split("/")
+    return f"{mode}/{part}" if name == "mean" else f"{metric}_{part}"
 
 
 def load_search(file: str | Path, overrides: Sequence[str] = ()) -> Search:

@@ -20,6 +20,7 @@ from ray.tune.utils import flatten_dict
 from modip_ray.report.scores import interval, number
 from modip_ray.runfolder import RunError
 from modip_ray.search.report import TRIALS, cell, trial_number
+from modip_ray.search.spec import beside
 
 TUNER = "tuner.pkl"                 # Tune's name for its description of a search
 
@@ -53,7 +54,7 @@ class Lines(Callback):
         done = {t: flatten_dict(t.last_result).get(self.metric) for t in trials} | {trial: flat[self.metric]}
         best = max((t for t, v in done.items() if v is not None), key=lambda t: self.sign * done[t])
         at = flat["training_iteration"]
-        ci = flat.get(f"{self.metric.split('/')[0]}/ci95") if self.metric.endswith("/mean") else None
+        ci = flat.get(beside(self.metric, "ci95"))
         line = f"trial {number_of(trial)}: {at} of {self.iterations}  {flat['env_steps']:,} steps  {self.metric} {number(flat[self.metric])}"
         line += f" [{interval(ci)}]" if ci else ""
         line += f"  best so far {number(done[best])} (trial {number_of(best)})"

@@ -49,7 +49,7 @@ def keep_results(study: Study, found: Mapping[str, Any], pictures: Sequence[str]
     """results.json as the kept folder's name with .json, for who reads it by program; table and curves into that folder. Not where those that are there
     tell of more runs, of settings, tasks or seeds that this study was not given: that is said.
     """
-    folder = Path(str(study.kept))
+    folder = study.kept_folder
     before = lost_runs(folder.with_suffix(".json"), found)
     if before:
         print(f"modip: {folder.with_suffix('.json')} stays as it is: it has what this study has not ({', '.join(before)}). Give the settings that those runs "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.learning.evaluation import modes_of
 from modip_ray.report.scores import duration, number
-from modip_ray.runfolder import RunError, check_same, command_line, is_open, read_summary, saved_config_tree
+from modip_ray.runfolder import RunError, check_same, command_line, disk_errors, is_open, locked, read_summary, saved_config_tree
 from modip_ray.session import StopSignals
 from modip_ray.study.kept import keep, others_kept, outcome
 from modip_ray.study.spec import Cell, Study
@@ -134,12 +133,7 @@ def note(one: Running, stopped: bool) -> bool:
 @contextmanager
 def opened(study: Study) -> Iterator[None]:
     """The study's folder for this process alone."""
-    folder = study.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{folder}: another process runs the study in this folder; wait for it, stop it, or give another out=...") from error
+    folder, busy = study.folder, "another process runs the study in this folder; wait for it, stop it, or give another out=..."
+    with locked(folder, "out", busy), disk_errors(folder, "the same command goes on"):
         write_synced(folder / "study.yaml", study.dump())
         yield

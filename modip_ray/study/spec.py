@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import yaml
 
 from modip_ray.config import Config, ConfigError, config_dir, load, nearest, parse_scalar, read_yaml, task_names
 from modip_ray.config.tree import typed
+from modip_ray.learning.env_source import check_family
 from modip_ray.learning.offline_data import rolls_out
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -58,7 +60,11 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        return Path(str(self.out))
+        return Path(os.path.expanduser(str(self.out)))
+
+    @property
+    def kept_folder(self) -> Path | None:
+        return Path(os.path.expanduser(self.kept)) if self.kept else None
 
     def cells(self) -> list[Cell]:
         """Every run, those first that others go on from. ConfigError names the run whose settings are not valid."""
@@ -78,9 +84,11 @@ class Study:
             cfg = base.replace({**self.settings, **of_task, **own, "seed": seed, "run_dir": str(folder)})
             if start is not None and cfg.data.cache is None and rolls_out(cfg.data.source):
                 cfg = cfg.replace({"data.cache": str(start.folder / "data.hdf5")})
+            check_family(cfg.task)
         except ConfigError as error:
             raise ConfigError(f"task {task}, method {method}: {error}") from error
-        return Cell(task, method, seed, folder, cfg, start, Path(self.kept) / task / method / f"seed_{seed}" if self.kept else None)
+        kept = self.kept_folder
+        return Cell(task, method, seed, folder, cfg, start, kept / task / method / f"seed_{seed}" if kept is not None else None)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

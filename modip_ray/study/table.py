@@ -16,13 +16,14 @@ import numpy as np
 from modip_ray.config import Config
 from modip_ray.learning.checkpoint import write_synced
 from modip_ray.learning.evaluation import MODES
+from modip_ray.output_file import check_output
 from modip_ray.report.published import NOTE, Published, published_for
 from modip_ray.report.scores import ROWS, duration, interval, number
 from modip_ray.runfolder import command_line, git_commit, machine, read_summary, versions
 from modip_ray.session import PERIODIC
 from modip_ray.study.kept import keep_results, outcome
 from modip_ray.study.spec import Cell, Study, task_of
-from modip_ray.tasks.scores import normalized_score
+from modip_ray.tasks.scores import normalized_score, resampled_means
 
 RESAMPLES = 5_000
 MARK = " (*)"
@@ -39,7 +40,7 @@ def nested_ci(groups: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: in
     means = np.empty((resamples, n))
     for k, g in enumerate(groups):
         drawn = picked == k
-        means[drawn] = g[rng.integers(0, len(g), (int(drawn.sum()), len(g)))].mean(1)
+        means[drawn] = resampled_means(g, int(drawn.sum()), rng)
     return [float(x) for x in np.percentile(means.mean(1), [2.5, 97.5])]
 
 
@@ -141,11 +142,11 @@ def write_results(study: Study) -> dict[str, Any]:
     """results.json, results.md and curves.svg into the study's folder, of whatever is done."""
     from modip_ray.study.curves import write_curves
     found = results(study)
-    study.folder.mkdir(parents=True, exist_ok=True)                                 # gone where only what is kept is left
+    check_output(study.folder / "results.json")                                     # its folder is gone where only what is kept is left
     pictures = write_curves(study)
     write_synced(study.folder / "results.md", markdown(found, pictures))
     write_synced(study.folder / "results.json", json.dumps(found, indent=1))
-    if study.kept is not None and found["tasks"]:
+    if study.kept_folder is not None and found["tasks"]:
         keep_results(study, found, pictures)
     print(f"{study.folder / 'results.md'}", flush=True)
     return found

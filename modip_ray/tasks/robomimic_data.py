@@ -359,5 +359,6 @@ def _described(meta: Mapping, demos: int, filter_key: str | None) -> dict[str, A
     configs = kwargs.get("controller_configs")
     config = configs[0] if isinstance(configs, list) and configs else configs
     controller = config.get("type", "not stated") if isinstance(config, Mapping) else "not stated"
+    stated = {"controller_configs": json.dumps(configs)} if isinstance(config, Mapping) else {}                      # text: metadata is no deeper
     return {"layout": "robomimic", "env_name": meta["env_name"], "robosuite": str(meta.get("env_version", "not stated (robomimic v0.1)")),
-            "controller": str(controller), "demonstrations": demos, **({"filter_key": filter_key} if filter_key else {})}
+            "controller": str(controller), **stated, "demonstrations": demos, **({"filter_key": filter_key} if filter_key else {})}

@@ -38,15 +38,17 @@ def robosuite_env(name: str, controller: Mapping | None = None, gripper_ramp: bo
     return RobosuiteEnv(name, controller, gripper_ramp, render_mode, camera, width, height, terminate_on_success)
 
 
-def env_from_metadata(env_args: str | Mapping, render_mode: str | None = None) -> RobosuiteEnv:
-    """The environment that a robomimic file (v0.1, v1.4 or v1.5) was recorded in; `env_args` as read_env_args returns it, or as JSON."""
-    return robosuite_env(**env_kwargs(env_args), render_mode=render_mode)
+def env_from_metadata(env_args: str | Mapping, render_mode: str | None = None, gripper_ramp: bool | None = None) -> RobosuiteEnv:
+    """The environment that a robomimic file (v0.1, v1.4 or v1.5) was recorded in; `env_args` as read_env_args returns it, or as JSON; see env_kwargs."""
+    return robosuite_env(**env_kwargs(env_args, gripper_ramp), render_mode=render_mode)
 
 
-def env_kwargs(env_args: str | Mapping) -> dict[str, Any]:
-    """Arguments of robosuite_env, plain data, for a robomimic file's `env_args`; ValueError names what this environment cannot do.
+def env_kwargs(env_args: str | Mapping, gripper_ramp: bool | None = None) -> dict[str, Any]:
+    """Arguments of robosuite_env, plain data, for a robomimic file's `env_args`; ValueError names what this environment cannot do, or must be told.
 
-    Cameras and rendering are ignored. The gripper ramps for files of robosuite before 1.5, or of no stated version (robomimic v0.1).
+    gripper_ramp : None for what the file tells: True where it is of robosuite before 1.5, or of no stated version (robomimic v0.1). One of 1.5 does not
+                   tell, as RoboMimic's own (`*_v15`) are demonstrations recorded before it, with observations extracted anew: it must be said, as `train` asks
+    Cameras and rendering are ignored.
     """
     try:
         meta = json.loads(env_args) if isinstance(env_args, str) else env_args
@@ -65,18 +67,31 @@ def env_kwargs(env_args: str | Mapping) -> dict[str, Any]:
             raise ValueError(f"env_args: {what} is {got!r}; only {wanted!r} is supported for {name}")
     if configuration not in ("default", "opposed", "single-arm-opposed"):
         raise ValueError(f"env_args: env_configuration is {configuration!r}; only robots facing each other are supported ('single-arm-opposed', now 'opposed')")
-    configs = controllers if isinstance(controllers, list) else [controllers]
-    if not configs or any(config != configs[0] for config in configs):
-        raise ValueError("env_args: controller_configs differ between the robots; only one controller for all is supported")
-    return {"name": name, "controller": controller_config(configs[0]), "gripper_ramp": robosuite_version(meta) < (1, 5)}
+    controller = common_controller(controllers)
+    if gripper_ramp is None and robosuite_version(meta) >= (1, 5):
+        raise ValueError(f"env_args: is of robosuite {meta['env_version']}, which does not tell the gripper; give gripper_ramp=False for robosuite 1.5's "
+                         "(demonstrations recorded with it), or True for the one before (recorded before 1.5, as RoboMimic's own are, and converted)")
+    return {"name": name, "controller": controller, "gripper_ramp": True if gripper_ramp is None else gripper_ramp}
+
+
+def common_controller(configs: object) -> dict[str, Any]:
+    """controller_config of a robomimic file's `controller_configs`: one controller's settings, or a list of equal ones, one a robot; else ValueError."""
+    each = configs if isinstance(configs, list) else [configs]
+    if not each or any(config != each[0] for config in each):
+        raise ValueError("controller_configs differ between the robots; only one controller for all is supported")
+    return controller_config(each[0])
 
 
 def controller_config(config: Mapping) -> dict[str, Any]:
-    """An OSC_POSE controller in robosuite 1.5's spelling, from that of 1.4 and before, or from 1.5's composite controllers (its right arm)."""
+    """An OSC_POSE controller in robosuite 1.5's spelling, from that of 1.4 and before, or from 1.5's composite controllers (its right arm).
+
+    What is not stated is RoboMimic's; in a composite controller the frame is then robosuite 1.5's own, "base". ValueError for another kind of control.
+    """
     if isinstance(config, Mapping) and isinstance(config.get("body_parts"), Mapping):
         parts = config["body_parts"]
         arms = parts.get("arms", parts)
         config = arms.get("right") if isinstance(arms, Mapping) else arms
+        config = {"input_ref_frame": "base", **config} if isinstance(config, Mapping) else config
     if not isinstance(config, Mapping):
         raise ValueError(f"controller is {config!r}; expected the settings of an OSC_POSE controller")
     new = {OLD_SPELLING.get(key, key): value for key, value in config.items() if key != "gripper"}

@@ -51,14 +51,18 @@ def normalized_score(family: str | None, raw: float) -> float | None:
 def bootstrap_ci(values: Sequence[float] | np.ndarray, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> list[float]:
     """Percentile interval [lo, hi] of the mean by the bootstrap; the same values always give the same interval."""
     x = _finite_vector("values", values)
-    rng = np.random.default_rng(seed)
+    tail = 50.0 * (1.0 - level)
+    return [float(v) for v in np.percentile(resampled_means(x, resamples, np.random.default_rng(seed)), [tail, 100.0 - tail])]
+
+
+def resampled_means(x: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means (resamples,) of as many values as `x` has, drawn from it with replacement. A block at a time: the draws are the same, the memory is small."""
     means = np.empty(resamples)
     rows = max(1, _BLOCK // len(x))
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
         means[start:start + count] = x[rng.integers(0, len(x), (count, len(x)))].mean(1)
-    tail = 50.0 * (1.0 - level)
-    return [float(v) for v in np.percentile(means, [tail, 100.0 - tail])]
+    return means
 
 
 def measure(metric: str, episodes: Sequence[Episode]) -> dict[str, list[float]]:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -178,9 +179,10 @@ def check_configs(n: int, seed: int) -> dict[str, Any]:
     """Figures: how many were refused by a clear error, started, and stopped when asked to; and each that did neither, with how it was made."""
     rng, found, unclear = random.Random(seed), Counter(), []
     before = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="configs_") as scratch:
+    with tempfile.TemporaryDirectory(prefix="configs_") as scratch, contextlib.ExitStack() as stack:
         data = write_data(Path(scratch) / "data.hdf5", 300)
-        os.chdir(scratch)                                                           # an empty run_dir makes runs/ where the run is started
+        stack.enter_context(mock.patch.dict(os.environ, HOME=scratch))              # run_dir: "~" is a run in the home folder,
+        os.chdir(scratch)                                                           # an empty one makes runs/ where the run is started
         try:
             for i in range(n):
                 folder = Path(scratch) / str(i)

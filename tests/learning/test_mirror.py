@@ -1,6 +1,9 @@
 """Checkpoints at another address, and a run's folder restored from there."""
 
+import errno
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from modip_ray.learning.checkpoint import CheckpointError, begin, commit, newest
 from modip_ray.learning.mirror import Mirror, Mirroring
 from modip_ray.report.metrics import read_metrics
 from modip_ray.run import train
-from modip_ray.runfolder import saved_config
+from modip_ray.runfolder import RunError, run_path, saved_config
+from modip_ray.start import adopt
 from tests.fakes import PointEnv, small, write_data
 
 
@@ -78,6 +82,15 @@ def test_an_address_that_cannot_be_used_is_said_before_anything_starts(value, wo
     assert words in str(error.value) and not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_the_home_folder_of_runs_starts_and_mirrors(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = small(run_dir="~/run", pretrain__start="~/start")
+    assert run_path(cfg) == tmp_path / "run" and cfg.run_dir == "~/run" and Mirror("~/there").root == str(tmp_path / "there")
+    with pytest.raises(RunError, match=f"^{tmp_path}/start: has no checkpoint"):
+        adopt(SimpleNamespace(cfg=cfg), tmp_path / "run" / "checkpoints")
+    assert run_path(small(run_dir="~no_such_user/run")) == Path("~no_such_user/run")
+
+
 def test_a_mirror_that_fails_on_the_way_is_said(tmp_path, monkeypatch, capsys):
     def fails(self, *args):
         raise OSError("connection reset")
@@ -85,6 +98,24 @@ def test_a_mirror_that_fails_on_the_way_is_said(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["restore", str(tmp_path / "there"), str(tmp_path / "run")])
     assert ended.value.code == 2 and "connection reset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")])
+def test_what_cannot_be_written_here_is_not_laid_to_the_mirror(tmp_path, monkeypatch, capsys, number, words):
+    def fails(self, *args):
+        raise OSError(number, words, str(self))
+    run, there = tmp_path / "run", str(tmp_path / "there")
+    Mirror(there).push(checkpoint(run, 1, learner=1), run, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fails)
+        with pytest.raises(SystemExit, match="2"):
+            main(["restore", there, str(tmp_path / "fetched")])
+    assert f": cannot be written ({words}); make room or give access, and give the same command again" in capsys.readouterr().err
+    for at, code, told in (("fetched", 0, "step_000000001"), ("run/config.yaml/x", 2, "is no folder; give another name")):
+        (run / "config.yaml").touch()
+        with pytest.raises(SystemExit, match=str(code)):
+            main(["restore", there, str(tmp_path / at)])
+        assert told in "".join(capsys.readouterr())
 
 
 def test_a_lost_run_folder_is_restored_and_the_run_goes_on(tmp_path, capsys):

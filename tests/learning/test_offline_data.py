@@ -1,7 +1,9 @@
 """Which data a run learns from, and what is refused."""
+import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import gymnasium as gym
@@ -9,9 +11,9 @@ import h5py
 import numpy as np
 import pytest
 
-from modip_ray.config import load
+from modip_ray.config import ConfigError, load
 from modip_ray.learning import offline_data
-from modip_ray.learning.env_source import env_factory
+from modip_ray.learning.env_source import check_family, env_factory
 from modip_ray.learning.offline_data import check_task, family_named, load_data, origin, source_label, stored_source, with_newly_done
 from modip_ray.tasks.d4rl_data import DataError, write_d4rl
 from modip_ray.tasks.dataset import Dataset
@@ -218,6 +220,18 @@ def test_own_data_and_own_environments_go_on_working(tmp_path):
         check_task(old.replace({"data.source": "d4rl/walker2d_medium-v2"}), Dataset([], "own"))
 
 
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["task=hopper-medium", "task.env=Walker2d-v4"], "got 'hopper', but 'Walker2d-v4' is of walker2d.*set task.family=walker2d, or task.family=null"),
+    (["task=hopper-medium", "task.env=Walker2d-v4", "task.family=null"], None), (["task=hopper-medium", "task.env=Walker2d-v4", "task.family=walker2d"], None),
+    (["task=hopper-medium", f"task.env={offline_data.ROBOSUITE}robosuite_env"], None), (["task=hopper-medium", "task.env=mine:Hopper"], None),
+    (["task=hopper-medium", "task.env=modip_ray.tasks.d4rl_physics:d4rl_env"], None), (["task=walker2d-medium", "task.env_kwargs.env_id=Hopper-v4"], None),
+    (["task=walker2d-medium", "task.env=modip_ray.tasks.d4rl_physics:d4rl_env"], "'Hopper-v4' is of hopper"), (["task.family=cheetah"], "mean 'halfcheetah'"),
+])
+def test_scores_are_normalised_by_the_environments_own_family(overrides, words):
+    with nullcontext() if words is None else pytest.raises(ConfigError, match=f"task.family: .*{words}"):
+        check_family(load(overrides=overrides).task)
+
+
 def test_an_environment_that_is_no_gymnasium_class(tmp_path):
     class Plain:
         observation_space, action_space, reset, step = PointEnv.observation_space, PointEnv.action_space, Sized.reset, Sized.step
@@ -256,6 +270,32 @@ def test_data_of_robosuite_15_must_be_told_which_gripper_moves(version, kwargs, 
         check_task(cfg, data)
     given = re.search(r"task.env_kwargs='(.*?)' for", str(error.value))[1]
     assert load(overrides=["task=lift-ph", f"task.env_kwargs={given}"]).task.env_kwargs == {**cfg.task.env_kwargs, "gripper_ramp": False}
+
+
+@pytest.mark.parametrize(("stated", "given", "words"), [
+    ({"type": "OSC_POSE", "kp": 50, "damping": 1, "control_delta": True}, {}, "kp is 50 there, 150 here"),
+    ([{"kp": 150, "input_ref_frame": "world"}] * 2, {}, None),
+    ({"body_parts": {"right": {"type": "OSC_POSE", "gripper": {"type": "GRIP"}}}}, {}, "input_ref_frame is 'base' there, 'world' here"),
+    ({"output_max": 0.1, "kp": 50}, {"kp": 50}, "output_max is 0.1 there, [0.05, 0.05, 0.05, 0.5, 0.5, 0.5] here"),
+    ({"kp": 50}, {"kp": 50.0}, None), ({}, {"kp": 50}, "kp is 150 there, 50 here"),
+])
+def test_data_of_another_controller_are_refused(stated, given, words):
+    cfg = load(overrides=["task=lift-ph"])
+    if given:
+        cfg = cfg.replace({"task.env_kwargs.controller": given})
+    data = Dataset([], "mine.hdf5", {"env_name": "Lift", "robosuite": "1.4.1", "controller_configs": json.dumps(stated)})
+    if words is None:
+        return check_task(cfg, data)
+    with pytest.raises(DataError, match="mine.hdf5: was recorded with another controller than ") as error:
+        check_task(cfg, data)
+    assert f": {words}; " in str(error.value)
+    check_task(load(overrides=["task=lift-ph", re.search(r"task.env_kwargs='.*'$", str(error.value))[0].replace("'", "")]), data)
+
+
+@pytest.mark.parametrize("stated", ["{", '{"type": "JOINT_POSITION"}', "7", '[{"kp": 1}, {"kp": 2}]', '{"gain": 1}'])
+def test_data_of_another_kind_of_control_are_refused(stated):
+    with pytest.raises(DataError, match="mine.hdf5: was recorded with a controller that modip_ray.tasks.robosuite_env:robosuite_env does not have"):
+        check_task(load(overrides=["task=lift-ph"]), Dataset([], "mine.hdf5", {"robosuite": "1.4.1", "controller_configs": stated}))
 
 
 def test_other_subtasks_of_the_kitchen_are_refused(tmp_path):

@@ -1,9 +1,13 @@
+import errno
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from modip_ray.cli import main
 from modip_ray.report import MetricsLog, plots, svg
 from modip_ray.report.page import write_report
 from modip_ray.report.plots import ratio_to_bc
@@ -52,6 +56,23 @@ def checked(path):
     references = set(re.findall(r"url\(#([^)]+)\)", page)) | {a[1:] for a in checker.addresses if a.startswith("#")}
     assert references <= set(checker.ids)
     return page, checker
+
+
+def test_a_page_that_cannot_be_written_is_said(make_run, monkeypatch, capsys):
+    run = make_run()
+    monkeypatch.setattr("os.replace", refuse(errno.EROFS))
+    for words in ("cannot be written (Read-only file system); make room or give access, and give the same command again", "report is no folder; give access"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", str(run)])
+        assert words in capsys.readouterr().err
+        shutil.rmtree(run / "report", ignore_errors=True)
+        (run / "report").write_text("in the way")
+
+
+def refuse(number):
+    def fails(*args):
+        raise OSError(number, os.strerror(number))
+    return fails
 
 
 def test_finished_run_has_every_section_and_no_outside_address(make_run):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 
 from modip_ray.config import ConfigError
-from modip_ray.runfolder import is_open
+from modip_ray.runfolder import RunError, is_open
 from modip_ray.study import run as driver
 from modip_ray.study.kept import evaluations, keep, outcome
 from modip_ray.study.run import run_study
 from modip_ray.study.spec import build_study, load_study
 from modip_ray.study.table import markdown, nested_ci, results, write_results
+from modip_ray.tasks import scores
 from tests.fakes import SMALL, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +92,37 @@ def test_a_task_may_have_another_name(tmp_path):
 def test_a_wrong_setting_of_a_method_is_named_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match="method no_planner.*'iteration'"):
         study(tmp_path, methods={"modip": {}, "no_planner": {"planner.iteration": 0}}).cells()
+    with pytest.raises(ConfigError, match=f"task {TASK}, .*set task.family=walker2d"):
+        study(tmp_path, settings=SMALL | {"task.env": "Walker2d-v4", "task.family": "hopper"}).cells()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"out: '.*{place}' cannot be made or written .*; choose another out"):
+        run_study(study(tmp_path / place))
+    monkeypatch.setattr("os.access", lambda *args: False)
+    with pytest.raises(ConfigError, match="results.json: cannot be written, the rights are missing"):
+        write_results(study(tmp_path / "study"))
+
+
+def test_the_home_folder_of_out_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    s = study("~/out", kept="~/kept")
+    start, cell = s.cells()[:2]
+    assert (s.folder, s.kept_folder) == (tmp_path / "out", tmp_path / "kept") and s.to_dict()["out"] == "~/out"
+    assert cell.folder == tmp_path / "out" / cell.name and cell.cfg.pretrain.start == str(start.folder) and cell.kept == tmp_path / "kept" / cell.name
+
+
+def test_the_memory_of_an_interval_is_that_of_a_block_and_its_ends_are_the_same(monkeypatch):
+    groups = [np.random.default_rng(k).normal(size=2000 + k) for k in range(3)]
+    whole = nested_ci(groups, 300)                                                  # 300 draws of 2,000 values: 5 MB of indices, and as much of values
+    monkeypatch.setattr(scores, "_BLOCK", 20_000)
+    tracemalloc.start()
+    try:
+        assert nested_ci(groups, 300) == whole and tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_shipped_studies_load():

@@ -103,7 +103,8 @@ def test_every_version_gives_the_same_observations(tmp_path, task, version):
         assert (episode.actions == raw(tmp_path / "f.hdf5", f"data/{name}/actions").astype(np.float32)).all()
         assert episode.rewards.tolist() == [0.0] * (episode.length - 2) + [1.0, 1.0]
     assert len(dataset.notes) == (version == "v1.5") and dataset.metadata["env_name"] == task and dataset.metadata["controller"] == "OSC_POSE"
-    assert dataset.metadata["demonstrations"] == 3 and dataset.metadata["robosuite"].startswith(VERSIONS[version] or "not stated")
+    assert dataset.metadata["controller_configs"] == '{"type": "OSC_POSE"}' and dataset.metadata["demonstrations"] == 3
+    assert dataset.metadata["robosuite"].startswith(VERSIONS[version] or "not stated")
 
 
 def test_filter_keys(lift):

@@ -242,7 +242,13 @@ def test_descriptions_of_all_versions():
     new = {"type": "BASIC", "body_parts": {"right": {**CONTROLLER, "kp": 100, "gripper": {"type": "GRIP"}}}}
     assert env_kwargs(described()) == {"name": "Lift", "controller": CONTROLLER, "gripper_ramp": True}                              # v0.1
     assert env_kwargs(described("PickPlaceCan", "1.4.1")) == {"name": "PickPlaceCan", "controller": CONTROLLER, "gripper_ramp": True}
-    assert env_kwargs(described(version="1.5.1", controller=new)) == {"name": "Lift", "controller": {**CONTROLLER, "kp": 100}, "gripper_ramp": False}
+    for ramp in (True, False):
+        assert env_kwargs(described(version="1.5.1", controller=new), ramp) == {"name": "Lift", "controller": {**CONTROLLER, "kp": 100}, "gripper_ramp": ramp}
+    with pytest.raises(ValueError, match="of robosuite 1.5.1, which does not tell the gripper; give gripper_ramp=False for .*, or True for"):
+        env_kwargs(described(version="1.5.1", controller=new))
+    official = {**OLD_CONTROLLER, "input_ref_frame": "world", "gripper": {"type": "GRIP"}}           # as robomimic's own files of 1.5 have it
+    assert controller_config({"type": "BASIC", "body_parts": {"right": official}}) == CONTROLLER
+    assert controller_config({"body_parts": {"arms": {"right": OLD_CONTROLLER}}}) == {**CONTROLLER, "input_ref_frame": "base"}    # robosuite 1.5's own
     two = described("TwoArmTransport", "1.4.1", [OLD_CONTROLLER] * 2, robots=["Panda", "Panda"], env_configuration="single-arm-opposed")
     assert env_kwargs(two)["name"] == "TwoArmTransport"
     assert controller_config({**OLD_CONTROLLER, "damping": 2})["damping_ratio"] == 2
