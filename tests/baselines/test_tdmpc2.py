@@ -204,7 +204,7 @@ def test_plans_end_in_q_of_the_acting_policys_action_and_begin_with_its_rollout(
         mean, log_std = agent.policy(latent)
         torch.testing.assert_close(drawn[:, :, k], (mean + log_std.exp() * noise[:, :, k]).tanh())
         latent = agent.world_model.step(latent, drawn[:, :, k])[0]
-    torch.testing.assert_close(agent.act(obs, noise[:, 0], 1)[:, 0], agent.policy.mean(agent.world_model.encode(obs)))
+    torch.testing.assert_close(agent.act(obs, noise[:, :1], 1)[:, 0], agent.policy.mean(agent.world_model.encode(obs)))
 
 
 def test_a_run_trains_evaluates_and_acts_from_its_folder(tmp_path):
