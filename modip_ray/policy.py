@@ -24,8 +24,9 @@ from modip_ray.model.agent import Agent
 from modip_ray.model.hardware import prepare_process
 from modip_ray.planning.planner import Mode, Plan, Planner
 from modip_ray.runfolder import Which, open_checkpoint, saved_config
+from modip_ray.start import BY_ITSELF
 
-ACTING = ("planner.", "guard.", "resources.", "eval.", "policy.sampling_steps", "policy.samples", "policy.n_action_steps")      # may be other than in training
+ACTING = ("planner.", "guard.", "resources.", "eval.", *BY_ITSELF)              # may be other than in training
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from modip_ray.learning.replay_server import part
 from modip_ray.learning.system import Setup
 from modip_ray.runfolder import RunError, saved_config
 
+#: How the policy acts by itself.
+BY_ITSELF = ("policy.sampling_steps", "policy.samples", "policy.n_action_steps")
 #: Settings that the offline phase does not depend on, but for planner.tail, which decides whether Q is trained, too. A name with a dot at its end stands
 #: for the whole group.
-ONLINE_ONLY = ("planner.", "guard.", "distill.", "online.", "critic.n_step", "policy.sampling_steps", "policy.samples", "policy.n_action_steps",
-               "policy.updates_per_update", "method", "dppo.")
+ONLINE_ONLY = ("planner.", "guard.", "distill.", "online.", "critic.n_step", *BY_ITSELF, "policy.updates_per_update", "method", "dppo.")
 #: Settings that decide nothing of what is learned: they may differ between a checkpoint and who goes on from it.
 ELSEWHERE = ("run_dir", "seed", "serial", "log.", "resources.", "eval.", "rollout.", "replay.", "data.cache", "pretrain.start")
 #: Of the others, those that the offline policy depends on: data, normaliser, network and its updates.

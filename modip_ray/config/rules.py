@@ -15,8 +15,7 @@ class ConfigError(ValueError):
 
 
 POSITIVE = """
-    policy.horizon policy.n_action_steps policy.width policy.denoising_steps policy.sampling_steps policy.samples
-    policy.batch_size policy.lr
+    policy.horizon policy.n_action_steps policy.width policy.denoising_steps policy.sampling_steps policy.samples policy.batch_size policy.lr
     world_model.latent world_model.width world_model.batch_size world_model.horizon world_model.lr world_model.obs_std_floor world_model.simnorm_group
     world_model.grad_clip critic.members critic.n_step critic.pretrain_n_step critic.updates_per_update critic.width critic.bound planner.horizon
     planner.n_action_steps planner.proposals planner.elites planner.std_min planner.max_rows planner.replicas rollout.envs_per_worker

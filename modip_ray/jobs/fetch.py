@@ -82,8 +82,10 @@ def files_in(folder: Path) -> list[str]:
 
 def made_here(target: Path) -> list[str]:
     """Files of a copy that did not come with it: exports, reports, whatever else was put there since."""
-    came = mark_of(target).get("files")
-    return [name for name in files_in(target) if name != MARK and (name not in set(came) if came is not None else Path(name).parts[0] in MADE_HERE)]
+    here, came = [name for name in files_in(target) if name != MARK], mark_of(target).get("files")
+    if came is None:
+        return [name for name in here if Path(name).parts[0] in MADE_HERE]
+    return sorted(set(here) - set(came))
 
 
 def keep(names: list[str], old: Path, new: Path) -> None:

@@ -85,11 +85,7 @@ class Mirror:
 
     def sums(self, name: str) -> Mapping[str, str]:
         """File -> sha256 of a finished checkpoint; empty for one that is not."""
-        marker = self.read(f"{CHECKPOINTS}/{name}/{DONE}")
-        try:
-            return json.loads(marker)["files"] if marker is not None else {}
-        except (ValueError, KeyError, TypeError):
-            return {}
+        return listed(self.read(f"{CHECKPOINTS}/{name}/{DONE}"))
 
     def push(self, folder: Path, beside: Path, keep: int) -> int:
         """Send a checkpoint's folder and the files beside it, then drop there all but the newest `keep`; returns the bytes sent."""
@@ -123,13 +119,15 @@ class Mirror:
         """
         problems = []
         for name in self.names():
-            if self.read(f"{CHECKPOINTS}/{name}/{DONE}") is None:                   # its sending was cut short
+            marker = self.read(f"{CHECKPOINTS}/{name}/{DONE}")
+            if marker is None:                                                      # its sending was cut short
                 continue
             folder = run / CHECKPOINTS / f".{name}"
             with writing(run):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-            for file in [*self.sums(name), DONE]:
+                (folder / DONE).write_bytes(marker)
+            for file in listed(marker):
                 content = self.read(f"{CHECKPOINTS}/{name}/{Path(file).name}")
                 if content is not None:
                     with writing(run):
@@ -153,6 +151,14 @@ class Mirror:
         if problems:
             raise CheckpointError(f"{self.address}: none of its checkpoints can be used ({'; '.join(problems)})")
         return None
+
+
+def listed(marker: bytes | None) -> Mapping[str, str]:
+    """File -> sha256 of a finished checkpoint's marker; empty where it is none."""
+    try:
+        return json.loads(marker)["files"] if marker is not None else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 class Mirroring:

@@ -99,10 +99,11 @@ def with_newly_done(dataset: Dataset, subtasks: int | None = None) -> Dataset:
     except ValueError as error:
         raise DataError(f"{dataset.source}: data.rewards is newly_done, which is for D4RL's kitchen files: {error}") from error
     notes = ["rewards: newly done subtasks, from the number done so far that the file stores"]
-    if subtasks is not None and any(e.ret < subtasks for e in episodes):
-        notes.append(f"{sum(e.ret < subtasks for e in episodes)} of {len(episodes)} episodes leave subtasks undone: cut, not terminated as the file has it")
-        episodes = [e if e.ret >= subtasks else as_cut(e) for e in episodes]
-        episodes = [e for e in episodes if e.length]
+    undone = [subtasks is not None and e.ret < subtasks for e in episodes]
+    if any(undone):
+        notes.append(f"{sum(undone)} of {len(episodes)} episodes leave subtasks undone: cut, not terminated as the file has it")
+        ended = [as_cut(e) if cut else e for e, cut in zip(episodes, undone, strict=True)]
+        episodes = [e for e in ended if e.length]
         if not episodes:
             raise DataError(f"{dataset.source}: no episode has a step whose next observation is known; expected D4RL's kitchen data")
     return replace(dataset, episodes=episodes, notes=(*dataset.notes, *notes))
@@ -116,17 +117,14 @@ def as_cut(episode: Episode) -> Episode:
 
 def until_success(dataset: Dataset) -> Dataset:
     """Episodes that end, terminated, with their first reward of 1; those without one stay as they are."""
-    episodes = [ended_at(e, e.rewards >= 1) for e in dataset.episodes]
-    solved = sum(short is not e for e, short in zip(dataset.episodes, episodes, strict=True))
+    episodes, solved = [], 0
+    for episode in dataset.episodes:
+        successes = np.flatnonzero(episode.rewards >= 1)
+        if len(successes):
+            n, solved = int(successes[0]) + 1, solved + 1
+            episode = Episode(episode.observations[:n + 1], episode.actions[:n], episode.rewards[:n], True)
+        episodes.append(episode)
     return replace(dataset, episodes=episodes, notes=(*dataset.notes, f"{solved} of {len(episodes)} episodes end at their success"))
-
-
-def ended_at(episode: Episode, ends: np.ndarray) -> Episode:
-    """The episode up to the first step that `ends` (T,), terminated there; itself where none does."""
-    if not ends.any():
-        return episode
-    n = int(np.argmax(ends)) + 1
-    return Episode(episode.observations[:n + 1], episode.actions[:n], episode.rewards[:n], True)
 
 
 def rolls_out(source: str) -> bool:

@@ -21,6 +21,7 @@ from modip_ray.report.published import NOTE, Published, published_for
 from modip_ray.report.scores import ROWS, duration, interval, number
 from modip_ray.runfolder import command_line, git_commit, machine, read_summary, versions
 from modip_ray.session import PERIODIC
+from modip_ray.start import BY_ITSELF, flat
 from modip_ray.study.kept import keep_results, outcome
 from modip_ray.study.spec import Cell, Study, task_of
 from modip_ray.tasks.scores import normalized_score, resampled_means
@@ -95,8 +96,8 @@ def evaluations_apart(cell: Cell, run: Mapping[str, Any]) -> bool:
 
 def act_alike(cfg: Config, first: Config) -> bool:
     """The policy of the start acts in both methods before fine-tuning, in the same way in the same episodes: their BC scores are one number."""
-    ours, theirs = ((c.policy.n_action_steps, c.policy.sampling_steps, c.policy.samples, c.eval.episodes, c.eval.seed) for c in (cfg, first))
-    return cfg.pretrain.start is not None and ours == theirs
+    ours, theirs = flat(cfg), flat(first)
+    return cfg.pretrain.start is not None and all(ours[key] == theirs[key] for key in (*BY_ITSELF, "eval.episodes", "eval.seed"))
 
 
 def same_start(run: Mapping[str, Any], other: Mapping[str, Any], alike: bool) -> bool:
