@@ -160,7 +160,7 @@ def test_a_client_whose_server_was_away_asks_it_again_as_if_nothing_had_been(las
         thread.start()
         return thread
     serving = started(listener, [answer, *([last] if last else [])])
-    with PolicyClient(f"http://127.0.0.1:{address[1]}", timeout_s=10.0) as client:
+    with PolicyClient(f"http://127.0.0.1:{address[1]}", timeout_s=60.0) as client:
         assert client.info() == {"obs_dim": 4}
         if not last:
             serving.join(10)

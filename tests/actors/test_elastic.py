@@ -24,14 +24,14 @@ PLACEMENT = {"rollout": {"rollout": 1}, **{role: TRAINER for role in ("planner",
 
 
 class SlowPoint(PointEnv):
-    """So slow, until the file is there, that workers join and leave before the steps are over, on a busy machine too."""
+    """So slow, while the file is there, that workers join and leave before the steps are over, on a busy machine too."""
 
-    def __init__(self, hurry):
+    def __init__(self, slow):
         super().__init__()
-        self.hurry = hurry
+        self.slow = slow
 
     def step(self, action):
-        time.sleep(0.005 if self.hurry.exists() else 0.07)
+        time.sleep(0.3 if self.slow.exists() else 0.005)
         return super().step(action)
 
 
@@ -48,15 +48,15 @@ def nodes():
     cluster.shutdown()
 
 
-def setup(hurry=Path("/"), **dotted) -> Setup:
+def setup(slow=Path("/no/such/file"), **dotted) -> Setup:
     cfg = small(**{"pretrain__updates": 21, "pretrain__policy_updates": 21, "rollout__num_workers": {"min": 1, "max": 3}, "rollout__envs_per_worker": 2,
                    "rollout__groups": 2, "planner__replicas": 2, "replay__shards": 2, "replay__samples_per_insert_slack": 1000.0,
                    "resources__placement": PLACEMENT, **dotted})
     episodes = collect(Noisy(), PointEnv, 600, STEPS, seed=0, num_envs=4)
-    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, partial(SlowPoint, hurry))
+    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, partial(SlowPoint, slow))
 
 
-def advance_until(system, ready, phase="online", patience_s=90.0):
+def advance_until(system, ready, phase="online", patience_s=240.0):
     """The incidents on the way, and the last status."""
     deadline, incidents = time.monotonic() + patience_s, []
     while True:
@@ -82,8 +82,9 @@ def error_of_another_disk(system, folder) -> ConfigError:
 @pytest.fixture(scope="module")
 def run(nodes, tmp_path_factory):
     from modip_ray.actors.system import RaySystem
-    hurry = tmp_path_factory.mktemp("gate") / "hurry"
-    s = setup(hurry, online__env_steps=1500)
+    slow = tmp_path_factory.mktemp("gate") / "slow"
+    slow.touch()
+    s = setup(slow, online__env_steps=1500)
     system, facts = RaySystem(s), {}
     facts["unseen"] = error_of_another_disk(system, tmp_path_factory.mktemp("folder"))
     facts["pretrained"], _ = advance_until(system, lambda status: status.done, "pretrain")
@@ -91,12 +92,14 @@ def run(nodes, tmp_path_factory):
     advance_until(system, lambda _: system.pool is not None and len(system.pool.members) == 1)
     more = nodes.add_node(num_cpus=2, resources={"rollout": 2})
     _, facts["joining"] = advance_until(system, lambda _: len(system.pool.members) == 3)
+    slow.unlink()
     at = system.env_steps
     advance_until(system, lambda _: system.env_steps > at + 250)
+    slow.touch()
     facts["three"] = system.gauges()
     nodes.remove_node(more, allow_graceful=False)
     _, facts["leaving"] = advance_until(system, lambda _: len(system.pool.members) == 1)
-    hurry.touch()
+    slow.unlink()
     facts["online"], _ = advance_until(system, lambda status: status.done)
     facts["gauges"], facts["replay"] = system.gauges(), system.replay_status()
     facts["shards"] = [ray.get(replay.status.remote()) for replay in system.replays]
@@ -110,7 +113,7 @@ def run(nodes, tmp_path_factory):
     return facts
 
 
-def actors_alive(patience_s=30.0) -> list[str]:
+def actors_alive(patience_s=90.0) -> list[str]:
     """Names of the actors that Ray still has, once there are none or patience ends: a kill takes a moment."""
     from ray._private import state
     deadline = time.monotonic() + patience_s

@@ -26,7 +26,7 @@ Page = dict[tuple[str, frozenset], float]
 def scrape() -> Page:
     """What the node's endpoint says of modip: value by name and our labels."""
     (node,) = ray.nodes()
-    with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     found: Page = {}
     for line in text.splitlines():

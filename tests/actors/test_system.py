@@ -145,7 +145,7 @@ def wait_for_another(store, before: str) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(ray.exceptions.RayActorError):
-            if ray.get(store.pulse.remote(), timeout=20).incarnation != before:
+            if ray.get(store.pulse.remote(), timeout=120).incarnation != before:
                 return
         time.sleep(0.05)
     raise AssertionError("the store did not begin anew within 60 s")
@@ -164,12 +164,12 @@ def test_learners_do_not_wait_for_each_other_in_a_store_that_began_anew(cluster)
     ray.kill(store, no_restart=False)
     wait_for_another(store, before)
     assert set(ray.get(store.status.remote())) == {"agent"}
-    ray.get(policy.pull.remote(), timeout=20)
+    ray.get(policy.pull.remote(), timeout=120)
     waiting = store.newer.remote({})                                                              # who acts waits for all parts
     assert ray.wait([waiting], timeout=0.5)[0] == []
     model = LearnerActor.options(num_cpus=0).remote(s.cfg, s.spec, "model", ["replay-a"], "store-a", None)
     ray.get([policy.settle.remote(), model.settle.remote(), store.restore.remote({}, 7)])
-    parts, env_steps = ray.get(waiting, timeout=20)
+    parts, env_steps = ray.get(waiting, timeout=120)
     assert set(parts) == {"agent", "policy", "model", "target_critic"} and env_steps == 7
     del replay
 

@@ -32,7 +32,7 @@ def test_autoscaled_kill_replace_down():
         cluster.up(head=HEAD, worker=WORKER, autoscale=(1, 2))
         assert (state / "token").stat().st_mode & 0o777 == 0o600
         with pytest.raises(HTTPError, match="401"):
-            urlopen(f"{cluster.facts()['address']}/api/jobs/", timeout=10)
+            urlopen(f"{cluster.facts()['address']}/api/jobs/", timeout=60)
         with pytest.raises(ClusterError, match="runs there already"):
             LocalCluster(state).up(head=HEAD)
         sessions = [node.session for node in cluster.nodes()]
@@ -43,7 +43,7 @@ def test_autoscaled_kill_replace_down():
         processes = session_processes(before)
         assert any("raylet" in p.name() for p in processes)
         cluster.kill_node(before)
-        psutil.wait_procs(processes, timeout=10)
+        psutil.wait_procs(processes, timeout=60)
         assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
         deadline = time.monotonic() + 60
         while not (cluster.workers() and cluster.workers()[0].id in {n["raylet"]["nodeId"] for n in cluster.joined()}):

@@ -97,7 +97,7 @@ class Run:
     def ended(self, code: int, within_s: float = 120.0) -> str:
         """What it said, once it has ended as it should, with nothing of it left."""
         assert self.process.wait(within_s) == code, self.log.read_text()
-        gone, alive = psutil.wait_procs(list(self.children.values()), timeout=20)
+        gone, alive = psutil.wait_procs(list(self.children.values()), timeout=120)
         assert not alive, f"left behind: {[p.cmdline() for p in alive]}"
         assert shared_memory() <= self.shm | others(), "shared memory is left behind"
         assert not list(Path("/tmp").glob(f"modip_ray_{self.process.pid}_*")), "a session folder is left behind"

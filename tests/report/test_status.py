@@ -24,7 +24,7 @@ from tests.fakes import small, write_data
 
 
 def status(*args: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "modip_ray", "status", *args], cwd=ROOT, env=ENV | env, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", "modip_ray", "status", *args], cwd=ROOT, env=ENV | env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_what_is_no_run_folder_or_broken_is_said_in_one_line(tmp_path, folder):
 def on_terminal(args: list[str], **env: str) -> str:
     """What the command writes to a terminal (a pseudo one)."""
     ours, theirs = pty.openpty()
-    subprocess.run([sys.executable, "-m", "modip_ray", "status", *args], cwd=ROOT, env=ENV | {"TERM": "xterm", **env}, stdout=theirs, timeout=60, check=True)
+    subprocess.run([sys.executable, "-m", "modip_ray", "status", *args], cwd=ROOT, env=ENV | {"TERM": "xterm", **env}, stdout=theirs, timeout=120, check=True)
     os.close(theirs)
     with open(ours, "rb", closefd=True) as file:
         return file.read1(1 << 20).decode()
@@ -228,7 +228,7 @@ def test_a_run_that_is_killed_gone_on_with_and_finished(tmp_path):
     program, *rest = shlex.split(facts["resume"])
     again = modip(*rest)
     assert program == "modip" and again.returncode == 0, again.stderr
-    last = json.loads(watch.communicate(timeout=30)[0].splitlines()[-1])
+    last = json.loads(watch.communicate(timeout=120)[0].splitlines()[-1])
     assert watch.returncode == 0, "it ends with the run"
     assert (last["state"], last["phase"], last["resumes"]) == ("finished", "finished", 1) and last["env_steps"] >= 2000
     assert set(last["scores"]) == {"data", "bc", "policy", "mpc"}
@@ -242,5 +242,5 @@ def test_watching_ends_with_ctrl_c(folder):
     assert watch.stdout.readline().startswith("point")
     time.sleep(0.3)
     watch.send_signal(signal.SIGINT)
-    _, errors = watch.communicate(timeout=30)
+    _, errors = watch.communicate(timeout=120)
     assert watch.returncode == 0 and errors == ""
