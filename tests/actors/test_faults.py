@@ -19,7 +19,7 @@ from modip_ray.tasks.collect import collect
 from tests.fakes import STEPS, Noisy, PointEnv, small
 
 pytestmark = pytest.mark.ray
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
 ROLES = {"planner": "the planner", "learner_model": "the model learner", "learner_policy": "the policy learner", "replay": "the replay",
          "store": "the weight store", "evaluator": "evaluator 0"}
 

@@ -17,7 +17,7 @@ from modip_ray.tasks.collect import collect
 from tests.fakes import STEPS, Noisy, PointEnv, small
 
 pytestmark = pytest.mark.ray
-PATIENCE_S = 90.0
+PATIENCE_S = 240.0
 OFFLINE = 20
 
 
