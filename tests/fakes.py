@@ -62,7 +62,7 @@ SMALL = {
     "pretrain.updates": 60, "pretrain.policy_updates": 80, "online.env_steps": 400, "online.min_online": 50, "online.updates_per_step": 0.25,
     "replay.capacity": 2000, "replay.samples_per_insert_slack": 100.0, "rollout.envs_per_worker": 3, "rollout.segment_length": 10,
     "eval.episodes": 4, "eval.every_steps": 150, "eval.every_episodes": 2, "eval.bootstrap": 200, "log.tensorboard": False, "log.every_s": 0.2,
-    "resources.call_timeout_s": 240.0, "resources.compile": False,
+    "resources.call_timeout_s": 240.0, "resources.silent_s": 60.0, "log.grace_s": 100.0, "resources.compile": False,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -18,9 +19,12 @@ def surroundings(**variables: str) -> AbstractContextManager[None]:
 def private_ray(num_cpus: int = 4, variables: dict[str, str] | None = None, **options) -> Iterator[None]:
     """ray.init with these options; shut down when the block is left."""
     import ray
+
+    from modip_ray.actors.cluster import start_private
     with surroundings(**(variables or {})):
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **QUIET, **options)
+        folder = start_private({"num_cpus": num_cpus, **QUIET, **options})
     try:
         yield
     finally:
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)

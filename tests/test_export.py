@@ -74,7 +74,7 @@ def test_a_file_acts_as_the_run_does_without_ray(tmp_path, finished_run, to):
     blocked = ("ray",) if to == "safetensors" else ("ray", "modip_ray")
     code = (BLOCKED + LOADERS[to]).format(blocked=blocked, folder=str(tmp_path), path=str(done.path))
     code += f"numpy.save({str(tmp_path / 'actions.npy')!r}, actions)\nprint(about)\n"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT if to == "safetensors" else tmp_path, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT if to == "safetensors" else tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert np.abs(np.load(tmp_path / "actions.npy") - expected).max() <= TOLERANCE
 

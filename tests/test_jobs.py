@@ -80,7 +80,7 @@ class Head:
         return [sys.executable, "-m", "modip_ray", *args]
 
     def modip(self, *args: str, env: dict | None = None) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(*args), cwd=self.work, env=self.env | (env or {}), capture_output=True, text=True, timeout=300)
+        return subprocess.run(self.command(*args), cwd=self.work, env=self.env | (env or {}), capture_output=True, text=True, timeout=900)
 
     def submit(self, run_dir: str, *options: str, **dotted) -> subprocess.CompletedProcess:
         return self.modip("submit", "--storage", str(self.storage), *options, "--", "train", *words(**dotted), f"run_dir={run_dir}")
@@ -127,11 +127,11 @@ def test_ctrl_c_detaches_and_cancel_saves(head):
         seen.append(follower.stdout.readline())
         assert seen[-1], "".join(seen) + follower.stderr.read()
     follower.send_signal(signal.SIGINT)
-    _, told = follower.communicate(timeout=60)
+    _, told = follower.communicate(timeout=240)
     assert follower.returncode == 130 and "goes on" in told and "Traceback" not in told
     fetched = head.modip("jobs", "fetch", "long", "--without-checkpoints", "--to", "copy")
     assert fetched.returncode == 0 and (head.work / "copy" / "config.yaml").is_file(), fetched.stderr
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not any(row.get("updates", 0) > 0 for row in read_metrics(head.storage / "runs" / "long")):
         assert time.monotonic() < deadline
         time.sleep(0.2)

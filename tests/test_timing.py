@@ -15,18 +15,18 @@ def test_blocks_are_summed_and_counted_even_when_they_raise():
         raise KeyError
     snapshot = timer.snapshot()
     assert snapshot["counts"] == {"plan/ddim": 3, "plan": 1}
-    assert 0.03 <= snapshot["seconds"]["plan/ddim"] < 0.5
+    assert 0.03 <= snapshot["seconds"]["plan/ddim"] < 5
 
 
 def test_a_block_costs_about_a_microsecond():
     timer = Timer()
     best = float("inf")
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = time.thread_time()
         for _ in range(2000):
             with timer("x"):
                 pass
-        best = min(best, (time.perf_counter() - begun) / 2000)
+        best = min(best, (time.thread_time() - begun) / 2000)
     assert best < 20e-6  # generous: the machine may be busy
 
 

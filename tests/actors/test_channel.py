@@ -38,12 +38,12 @@ def server():
     line = Server(KEY, answer, lambda q: state["gone"].append(q.worker))
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    state["address"] = asyncio.run_coroutine_threadsafe(line.start("127.0.0.1"), loop).result(5)
+    state["address"] = asyncio.run_coroutine_threadsafe(line.start("127.0.0.1"), loop).result(60)
     yield state
-    asyncio.run_coroutine_threadsafe(line.stop(), loop).result(5)
-    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(5)           # let the connections' coroutines end
+    asyncio.run_coroutine_threadsafe(line.stop(), loop).result(60)
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(60)           # let the connections' coroutines end
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(5)
+    thread.join(60)
     loop.close()
 
 
@@ -64,7 +64,7 @@ def test_questions_and_answers(server):
         assert np.array_equal(line.receive(len(q.obs)).plans, planned(q).plans)
     for line in lines:
         line.close()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while len(server["gone"]) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert {w[0] for w in server["gone"]} == {0, 1, 2}
@@ -117,7 +117,7 @@ def test_a_planner_that_goes_away_is_an_os_error():
     thread = threading.Thread(target=accept_and_leave, daemon=True)
     thread.start()
     line = Connection(address := listener.getsockname(), KEY, 5)
-    thread.join(5)
+    thread.join(60)
     with pytest.raises(OSError):
         line.send(query())
         line.receive(3)

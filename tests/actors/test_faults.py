@@ -56,7 +56,7 @@ def run(tmp_path_factory):
     from modip_ray.actors.system import RaySystem
     folder = tmp_path_factory.mktemp("run")
     cfg = small(folder, pretrain__updates=20, pretrain__policy_updates=20, online__env_steps=100_000, online__min_online=30, rollout__num_workers=1,
-                resources__silent_s=3.0, resources__snapshot_s=0.5)
+                resources__silent_s=10.0, resources__snapshot_s=0.5)
     episodes = collect(Noisy(), PointEnv, 600, STEPS, seed=0, num_envs=4)
     system = RaySystem(Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, PointEnv, folder=folder))
     facts, steps = {"seconds": {}}, Steps(system)
@@ -97,9 +97,9 @@ def run(tmp_path_factory):
     return facts
 
 
-def test_each_role_serves_again_within_20_seconds(run):
+def test_each_role_is_missed_and_serves_again(run):
     assert set(run["seconds"]) == {*ROLES, "planner stopped", "rollout stopped"}
-    assert all(seconds < 20 for seconds in run["seconds"].values()), run["seconds"]
+    assert all(0 < seconds < PATIENCE_S for seconds in run["seconds"].values()), run["seconds"]
 
 
 def test_every_acknowledged_segment_is_stored_once_and_the_run_ends_as_it_should(run):

@@ -21,7 +21,7 @@ def cluster():
         yield
 
 
-def until_answered(call, timeout_s=60.0):
+def until_answered(call, timeout_s=240.0):
     """What callers do: ask again while the actor is away."""
     from ray.exceptions import RayActorError
     deadline = time.monotonic() + timeout_s

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "MODIP_CHAOS"                                    # inherited by all that a test starts, so that its processes are found again whoever adopts them
 POLL_S = 0.05
 START_S = 400.0                                         # longest wait for a run to come to work, on a busy machine
-CALM = {"log.every_s": 0.5, "log.tensorboard": False, "log.ray_metrics": False, "eval.every_steps": 0, "log.checkpoint_every_s": 1e6}
+CALM = {"log.every_s": 0.5, "log.tensorboard": False, "log.ray_metrics": False, "eval.every_steps": 0, "log.checkpoint_every_s": 1e6,
+        "resources.silent_s": 15.0, "log.grace_s": 25.0}
 DEMO = CALM | {"data.transitions": 20_000, "pretrain.updates": 200, "pretrain.policy_updates": 200, "online.env_steps": 1_000_000,
                "online.min_online": 500}
 POINT = SMALL | CALM | {"online.env_steps": 1_000_000, "replay.capacity": 20_000}

@@ -77,7 +77,7 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
     assert saved.counters["phase"] == "online" and 0 < saved.counters["env_steps"] < 900
     assert not (run / "summary.json").exists()
 
-    second = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
+    second = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=900)
     assert second.returncode == 0, second.stderr
     assert "MPC" in second.stdout
     resume = [row for row in read_metrics(run) if row["kind"] == "resume"]

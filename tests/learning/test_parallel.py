@@ -47,13 +47,13 @@ def rank_one(where: Meeting):
 @pytest.fixture(scope="module")
 def found():
     """(one process, rank 0, rank 1) by case."""
-    where, store = meeting([Place("here", "cpu")] * SIZE, 60.0)
+    where, store = meeting([Place("here", "cpu")] * SIZE, 240.0)
     assert where.host == LOOPBACK and where.backend == "gloo"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         other = pool.submit(rank_one, where)
         replicas = join(where, 0, SIZE, store)
         first = {name: updated(replicas, overrides) for name, overrides in CASES.items()} | {"spoilt": updated(replicas, CASES["value"], spoilt=True)}
-        second = other.result(60)
+        second = other.result(240)
     with pytest.raises(ReplicaLost, match="process 0 of 2 lost the others"):        # the other's process has ended
         replicas.average([torch.ones(3)])
     torch.distributed.destroy_process_group()

@@ -308,10 +308,10 @@ class Sleeper:
 
 def test_a_run_that_an_earlier_driver_left_behind_is_waited_for(tmp_path, monkeypatch, capsys):
     cell = study(tmp_path).cells()[0]
-    left, begun = Sleeper.start(cell.folder, 1.5), []
+    left, begun = Sleeper.start(cell.folder, 4.0), []
     monkeypatch.setattr(driver, "launched", lambda c: begun.append(is_open(c.folder)) or driver.Running(c, left, 0.0))
     monkeypatch.setattr(driver, "note", lambda one, stopped: True)
-    assert driver.run_cells([cell], 1, SimpleNamespace(asked=False)) == [] and begun == [False] and left.wait(5) == 0
+    assert driver.run_cells([cell], 1, SimpleNamespace(asked=False)) == [] and begun == [False] and left.wait(60) == 0
     assert capsys.readouterr().out.count("is run by another process") == 1
 
 
@@ -345,9 +345,9 @@ def test_a_real_study_is_stopped_and_goes_on(tmp_path, monkeypatch):
         if f"{TASK}/modip/seed_0" in line:
             break
     first.send_signal(signal.SIGINT)
-    said = first.communicate(timeout=120)[0]
+    said = first.communicate(timeout=300)[0]
     assert first.returncode == 0 and f"the same command goes on: python -m modip_ray study {file}" in said
-    second = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    second = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"{TASK}/start/seed_0 done" not in second.stdout                         # it had been done
     study_ = load_study(file)

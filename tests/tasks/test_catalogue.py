@@ -36,7 +36,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             end = min(end, begin + 30_000)
         if server.mode == "nothing":
             end = begin
-        server.gate.wait(10)
+        server.gate.wait(60)
         self.wfile.write(body[begin:end])
 
     def log_message(self, *args):
@@ -185,10 +185,10 @@ def test_three_at_once_download_once(toy, monkeypatch):
     threads = [threading.Thread(target=lambda: paths.append(cat.fetch("toy/a-v0", lambda done, total: waited.set()))) for _ in range(3)]
     for thread in threads:
         thread.start()
-    assert waited.wait(10)                                                                  # one is told how far another is, which is held up
+    assert waited.wait(60)                                                                  # one is told how far another is, which is held up
     toy.gate.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert paths == [cat.local_path("toy/a-v0")] * 3 and toy.ranges == [None] and paths[0].read_bytes() == BODY
 
 
