@@ -13,9 +13,10 @@ def pytest_configure(config):
 
 
 #: The longest files, longest first (pytest --durations=0 says which they are), but so that the three that begin do not all start a Ray.
-FIRST = ("test_tune_search.py", "actors/test_faults.py", "learning/test_learner.py", "test_jobs.py", "actors/test_elastic.py", "e2e/test_run.py", "actors/test_ranks.py", "test_tune.py",
-         "actors/test_metrics.py", "cluster/test_local.py", "e2e/test_signals.py", "actors/test_system.py", "test_export.py", "test_serve.py",
-         "baselines/test_dppo.py", "study/test_study.py", "test_bench.py", "report/test_status.py", "model/test_hardware.py")
+FIRST = ("test_tune_search.py", "actors/test_faults.py", "learning/test_learner.py", "test_jobs.py", "actors/test_elastic.py", "e2e/test_run.py",
+         "actors/test_ranks.py", "test_tune.py", "actors/test_metrics.py", "cluster/test_local.py", "e2e/test_signals.py", "actors/test_system.py",
+         "test_export.py", "test_serve.py", "baselines/test_dppo.py", "study/test_study.py", "test_bench.py", "report/test_status.py",
+         "model/test_hardware.py")
 
 
 def pytest_collection_modifyitems(items):
