@@ -70,7 +70,7 @@ def run(tmp_path_factory):
             _, facts["seconds"][role] = steps.hit(role, signal.SIGKILL, lambda line, name=name: line.startswith(f"{name} died; it serves again after"))
             steps.progress()
         for role, name in {"planner": "the planner", "rollout": "rollout worker 0"}.items():
-            pid, seconds = steps.hit(role, signal.SIGSTOP, lambda line, name=name: line.startswith(f"{name} did not answer for 3 s"))
+            pid, seconds = steps.hit(role, signal.SIGSTOP, lambda line, name=name: line.startswith(f"{name} did not answer for 10 s"))
             facts["seconds"][f"{role} stopped"] = seconds
             steps.progress()
             steps.until(lambda role=role: role in system.processes())               # the new one has answered
