@@ -229,6 +229,8 @@ class Session:
             if report.outcomes:
                 self.unreported = None
             at = {"env_steps": report.env_steps, "updates": report.updates}
+            for text in report.incidents:
+                self.incident(text)
             for fault in (fault for outcome in report.outcomes for fault in outcome.faults):
                 self.incident(f"evaluation: {fault}; the episode was begun anew in a new environment")
             for mode, found in scores_of(self.cfg, report.outcomes).items():

@@ -245,7 +245,8 @@ class RaySystem:
         ((self.final, _),) = self.call([self.store.newer.remote({})], "the weight store")
         self.stop_training()
         outcomes, diagnostics = self.evaluators.run_all(jobs, self.cluster.cpus(), progress)
-        return Report(self.env_steps, self.counts["model"], outcomes, diagnostics)
+        incidents = self.supervisor.take_incidents() + [f"{role.name} {role.why}; others did its work" for role in self.supervisor.away]
+        return Report(self.env_steps, self.counts["model"], outcomes, diagnostics, incidents)
 
     def stop_training(self) -> None:
         self.supervisor.training = False

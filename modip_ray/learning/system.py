@@ -67,12 +67,13 @@ class Counts(TypedDict):
 
 @dataclass(frozen=True)
 class Report:
-    """A finished evaluation: of which counters, the outcomes, and the diagnostics taken with the same weights."""
+    """A finished evaluation: of which counters, the outcomes, the diagnostics taken with the same weights, and, of the last one, what happened meanwhile."""
 
     env_steps: int
     updates: int
     outcomes: list[Outcome]
     diagnostics: dict[str, Any]
+    incidents: list[str] = field(default_factory=list)
 
 
 class System(Protocol):

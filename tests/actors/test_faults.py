@@ -133,4 +133,5 @@ def test_processes_are_listed_for_who_looks_from_outside(run):
 def test_the_evaluation_at_the_end_outlives_the_death_of_an_evaluator(run):
     jobs = jobs_for("bc", 2, 5) + jobs_for("policy", 2, 5)
     assert run["told"] == run["report"].outcomes and run["report"].diagnostics
+    assert any(line.startswith("evaluator 0 ") and "died" in line for line in run["report"].incidents), run["report"].incidents
     assert sorted((o.job.mode, o.job.seeds) for o in run["report"].outcomes) == sorted((job.mode, job.seeds) for job in jobs)
