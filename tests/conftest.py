@@ -1,5 +1,7 @@
 """For all tests."""
 
+import fcntl
+import os
 import signal
 from pathlib import Path
 
@@ -28,9 +30,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
-    """The folder of a tiny finished run; only to be read."""
+    """The folder of a tiny finished run, which all of pytest-xdist's processes have in common; only to be read."""
     from modip_ray.run import train
     from tests.fakes import small, write_data
-    folder = tmp_path_factory.mktemp("finished")
-    train(small(folder / "run", write_data(folder / "data.hdf5"), serial=True, online__env_steps=60, eval__every_steps=0, policy__n_action_steps=2))
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "finished"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "run" / "summary.json").exists():
+            train(small(folder / "run", write_data(folder / "data.hdf5"), serial=True, online__env_steps=60, eval__every_steps=0, policy__n_action_steps=2))
     return folder / "run"

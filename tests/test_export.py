@@ -1,4 +1,4 @@
-"""Exported policies: the same actions as PyTorch, in any batch, without Ray and (but for safetensors) without this package."""
+"""Exported policies: the same actions as PyTorch, in any batch, without Ray and (but for safetensors) without this package; ONNX without PyTorch."""
 
 import json
 import subprocess
@@ -28,11 +28,12 @@ class Blocked:
         if name.split(".")[0] in {blocked!r}:
             raise ImportError(name + " is blocked here")
 sys.meta_path.insert(0, Blocked())
-import json, numpy, torch
+import json, numpy
 obs, noise = (numpy.load({folder!r} + "/" + name + ".npy") for name in ("obs", "noise"))
 """
 LOADERS = {
     "torch-export": """
+import torch
 more = {{"modip.json": ""}}
 program = torch.export.load({path!r}, extra_files=more)
 actions, about = program.module()(torch.from_numpy(obs), torch.from_numpy(noise)).numpy(), more["modip.json"]
@@ -43,6 +44,7 @@ session = onnxruntime.InferenceSession({path!r})
 actions, about = session.run(None, {{"observation": obs, "noise": noise}})[0], session.get_modelmeta().custom_metadata_map["modip.json"]
 """,
     "safetensors": """
+import torch
 from modip_ray.export import load_safetensors
 policy, about = load_safetensors({path!r})
 actions, about = policy(torch.from_numpy(obs), torch.from_numpy(noise)).detach().numpy(), json.dumps(about)
@@ -62,7 +64,7 @@ def raw_policy(*overrides: str, spread: float = 3.0) -> RawPolicy:
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_file_acts_as_the_run_does_without_ray(tmp_path, finished_run, to):
-    """The planner's policy mode on 40 rows, against the file loaded in a process that has neither Ray nor (but for safetensors) this package."""
+    """The planner's policy mode on 40 rows, against the file loaded in a process that has no Ray, no package of ours but for safetensors, for ONNX no torch."""
     done = export_run(finished_run, to, tmp_path / f"policy{SUFFIXES[to]}")
     assert done.checked == CHECKED and done.difference <= TOLERANCE
     policy = load(finished_run, overrides={"resources.precision": "fp32"})
@@ -71,7 +73,7 @@ def test_a_file_acts_as_the_run_does_without_ray(tmp_path, finished_run, to):
     expected = policy.plan(obs, range(40), np.ones(40, bool)).plans
     np.save(tmp_path / "obs.npy", obs)
     np.save(tmp_path / "noise.npy", noise)
-    blocked = ("ray",) if to == "safetensors" else ("ray", "modip_ray")
+    blocked = {"safetensors": ("ray",), "torch-export": ("ray", "modip_ray"), "onnx": ("ray", "modip_ray", "torch")}[to]
     code = (BLOCKED + LOADERS[to]).format(blocked=blocked, folder=str(tmp_path), path=str(done.path))
     code += f"numpy.save({str(tmp_path / 'actions.npy')!r}, actions)\nprint(about)\n"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT if to == "safetensors" else tmp_path, capture_output=True, text=True, timeout=300)

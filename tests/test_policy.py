@@ -66,17 +66,12 @@ def test_a_plan_warms_the_next_one_of_its_slot_only(finished_run):
     assert warm.shape == (16, 1, 2) and changed[even].any() and not changed[~even].any()
 
 
-def test_the_example_runs_without_ray(finished_run):
-    code = f"import sys, runpy; sys.modules['ray'] = None; sys.argv = ['act.py', {str(finished_run)!r}]; runpy.run_path('examples/act.py')"
+def test_importing_the_package_takes_no_torch_along_and_the_example_runs_without_ray(finished_run):
+    code = ("import sys, runpy, modip_ray, modip_ray.cli; assert not {'torch', 'ray'} & set(sys.modules); sys.modules['ray'] = None; "
+            f"sys.argv = ['act.py', {str(finished_run)!r}]; runpy.run_path('examples/act.py'); assert 'torch' in sys.modules")
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0 and ran.stdout.startswith("return "), ran.stderr
     assert np.isfinite(float(ran.stdout.split()[1]))
-
-
-def test_importing_the_package_takes_no_torch_along():
-    code = "import sys, modip_ray, modip_ray.cli; assert not {'torch', 'ray'} & set(sys.modules); modip_ray.load; assert 'torch' in sys.modules"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
 
 
 def test_the_best_checkpoint_acts_where_one_is_kept(finished_run, tmp_path):

@@ -97,12 +97,6 @@ class LearnerActor:
         incidents, self.incidents = self.incidents + self.updater.take_incidents(), []
         return LearnerReport(self.stream, self.updater.count(self.stream), self.updater.take_metrics(), self.timer.snapshot(), incidents)
 
-    def update(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
-        """One update on a given batch (tests compare it with the serial one)."""
-        self.ranks.update(batch)
-        self.updater.update(self.stream, {k: np.array(v) for k, v in batch.items()})
-        return self.updater.take_metrics()
-
     def exchange(self) -> None:
         """Publish the own part; take over what the own updates ask of the other learner: the policy's imitation rule, or its objective
         (baselines/tdmpc2.py), asks world model and critics, targets that ask the policy (critic.target) the policy.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from modip_ray.actors.cluster import Cluster
 from modip_ray.actors.metrics import MEANINGS, RaySink, Sample, markdown, samples
 from modip_ray.report.metrics import read_metrics
 from modip_ray.run import train
@@ -56,9 +57,10 @@ class Scraper(threading.Thread):
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """A run in a private Ray that reports every second, its rows, and what a scraper saw meanwhile."""
+    """A run in a private Ray that reports every second, its rows, and what a scraper saw meanwhile. One evaluator: a second would start for nothing."""
     folder = tmp_path_factory.mktemp("metrics") / "watched"
-    with private_ray(variables={"RAY_metrics_report_interval_ms": "1000"}):
+    with private_ray(variables={"RAY_metrics_report_interval_ms": "1000"}), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cluster, "cpus", lambda self: 1)
         scraper = Scraper()
         scraper.start()
         try:

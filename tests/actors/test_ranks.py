@@ -1,4 +1,4 @@
-"""Learners of two processes each: the same result as one, and one of them killed in the course of a run that is then resumed."""
+"""Learners of two processes each: the same result as one, and one of them killed in the course of a run."""
 
 import os
 import signal
@@ -21,11 +21,11 @@ PATIENCE_S = 240.0
 OFFLINE = 20
 
 
-def setup(folder=None, checkpoint=None, **dotted) -> Setup:
+def setup(folder=None, **dotted) -> Setup:
     cfg = small(folder, **{"pretrain__updates": OFFLINE, "pretrain__policy_updates": OFFLINE, "online__env_steps": 100_000, "online__min_online": 30,
                            "rollout__num_workers": 1, "resources__snapshot_s": 0.3, **dotted})
     episodes = collect(Noisy(), PointEnv, 600, STEPS, seed=0, num_envs=4)
-    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, PointEnv, folder=folder, checkpoint=checkpoint)
+    return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, PointEnv, folder=folder)
 
 
 def until(system, ready, phase="online"):
@@ -61,14 +61,9 @@ def run(tmp_path_factory):
         part = begin(folder / "checkpoints")
         facts["saved"] = system.save(part)
         commit(part, {"phase": "online", **facts["saved"]}, 2)
+        facts["checkpoint"] = newest(folder / "checkpoints")
     finally:
         system.close()
-    resumed = RaySystem(setup(folder, newest(folder / "checkpoints"), resources__learner_replicas=2))
-    try:
-        facts["resumed at"] = dict(resumed.counts)
-        until(resumed, ahead(resumed, 5))
-    finally:
-        resumed.close()
     return facts
 
 
@@ -88,8 +83,10 @@ def test_where_one_process_is_killed_the_whole_learner_begins_again_from_its_sna
     assert run["gauges"]["learner_model/restarts"] == 1.0 and run["processes after"]["learner_policy"] == run["processes"]["learner_policy"]
 
 
-def test_a_checkpoint_resumes(run):
-    assert run["resumed at"] == {"model": run["saved"]["updates"], "policy": run["saved"]["policy_updates"]}
+def test_a_checkpoint_is_of_the_updates_that_were_made(run):
+    """By rank 0, as a learner of one process writes it; that all ranks begin from such a state, the killed learner shows."""
+    saved = {stream: int(run["checkpoint"].read(f"learner_{stream}")["updates"]) for stream in ("model", "policy")}
+    assert saved == {"model": run["saved"]["updates"], "policy": run["saved"]["policy_updates"]} and min(saved.values()) > OFFLINE
 
 
 @pytest.mark.parametrize("dotted, message", [({"serial": True}, "must be 1 in serial mode"), ({"policy__batch_size": 33}, "must divide policy.batch_size=33")])

@@ -17,6 +17,7 @@ import pytest
 
 from modip_ray.cli import main
 from modip_ray.config import ConfigError
+from modip_ray.config import load as settings
 from modip_ray.learning.checkpoint import CheckpointError, begin, commit, folders, newest, read_state
 from modip_ray.learning.env_source import env_factory
 from modip_ray.policy import load
@@ -69,7 +70,7 @@ def online_checkpoint(run: Path):
 @SYSTEMS
 def test_train_kill_resume_eval(tmp_path, data, serial):
     run = tmp_path / "run"
-    args = command(run, data, serial=serial, log__checkpoint_every_s=0.2, online__env_steps=900, task__env="tests.fakes:PacedPointEnv")
+    args = command(run, data, serial=serial, log__checkpoint_every_s=0.2, online__env_steps=900, eval__every_steps=450, task__env="tests.fakes:PacedPointEnv")
     first = start_and_wait(args, online_checkpoint(run), tmp_path / "log1", ENV | {"POINT_STEP_S": "0.05"})
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -77,7 +78,7 @@ def test_train_kill_resume_eval(tmp_path, data, serial):
     assert saved.counters["phase"] == "online" and 0 < saved.counters["env_steps"] < 900
     assert not (run / "summary.json").exists()
 
-    second = subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=900)
+    second = modip(*args[3:]) if serial else subprocess.run(args, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=900)
     assert second.returncode == 0, second.stderr
     assert "MPC" in second.stdout
     resume = [row for row in read_metrics(run) if row["kind"] == "resume"]
@@ -124,27 +125,31 @@ def test_a_serial_run_is_a_function_of_its_seed_and_of_nothing_else(tmp_path, da
         assert x.keys() == y.keys() and all(np.array_equal(x[k], y[k], equal_nan=x[k].dtype.kind == "f") for k in x), part
 
 
-def test_no_file_of_a_checkpoint_needs_pickle(tmp_path, data):
-    train(small(tmp_path / "run", data, serial=True, online__env_steps=60, eval__every_steps=0))
-    last = folders(tmp_path / "run" / "checkpoints")[0]
+def test_no_file_of_a_checkpoint_needs_pickle(finished_run):
+    last = folders(finished_run / "checkpoints")[0]
     assert {p.name for p in last.iterdir()} == {"counters.json", "done"} | \
         {f"{part}.safetensors" for part in ("learner_model", "learner_policy", "replay", "replay.rows_0000000", "bc", "collection")}
     assert all(read_state(p) for p in last.glob("*.safetensors"))
 
 
-def test_other_settings_are_refused_but_more_steps_are_not(tmp_path, data):
-    run = tmp_path / "run"
-    first = train(small(run, data, serial=True, online__env_steps=60, eval__every_steps=0))
+@pytest.fixture
+def copied(finished_run, tmp_path):
+    """A copy of the finished run, and the settings that go on in it."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    return run, settings(run / "config.yaml").replace({"run_dir": str(run)})
+
+
+def test_other_settings_are_refused_but_more_steps_are_not(copied):
+    run, cfg = copied
+    first = read_summary(run)
     with pytest.raises(ConfigError, match=r"critic.gamma: .* -> 0.5"):
-        train(small(run, data, serial=True, online__env_steps=60, eval__every_steps=0, critic__gamma=0.5))
-    more = train(small(run, data, serial=True, online__env_steps=120, eval__every_steps=0))
+        train(cfg.replace({"critic.gamma": 0.5}))
+    more = train(cfg.replace({"online.env_steps": 120}))
     assert more["env_steps"] >= 120 > first["env_steps"] and more["scores"]["bc"]["returns"] == first["scores"]["bc"]["returns"]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(tmp_path, data):
-    run = tmp_path / "run"
-    cfg = small(run, data, serial=True, online__env_steps=60, eval__every_steps=0)
-    train(cfg)
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_zero(copied):
+    run, cfg = copied
     (run / "summary.json").unlink()
     for folder in folders(run / "checkpoints"):
         (folder / "learner_model.safetensors").write_bytes(b"damaged")

@@ -207,12 +207,12 @@ def test_a_run_that_is_killed_gone_on_with_and_finished(tmp_path):
     """Watched while it runs; the command that status names for the stopped run resumes it with the very same settings."""
     run = tmp_path / "a run"
     data = write_data(tmp_path / "data.hdf5")
-    args = command(run, data, serial=True, online__env_steps=2000, log__checkpoint_every_s=0.2, eval__every_steps=500)
+    args = command(run, data, serial=True, online__env_steps=600, log__checkpoint_every_s=0.2, eval__every_steps=200, task__env="tests.fakes:PacedPointEnv")
 
     def online():
         facts = gather(run) if (run / "config.yaml").is_file() else {}
         return facts and facts["phase"] == "online" and facts["env_steps"] > 0 and facts["checkpoint"]
-    process = start_and_wait(args, online, tmp_path / "log")
+    process = start_and_wait(args, online, tmp_path / "log", ENV | {"POINT_STEP_S": "0.05"})
     watch = subprocess.Popen([sys.executable, "-m", "modip_ray", "status", str(run), "--watch", "0.2", "--json"], cwd=ROOT, env=ENV, text=True,
                              stdout=subprocess.PIPE)
     first = json.loads(watch.stdout.readline())
@@ -230,7 +230,7 @@ def test_a_run_that_is_killed_gone_on_with_and_finished(tmp_path):
     assert program == "modip" and again.returncode == 0, again.stderr
     last = json.loads(watch.communicate(timeout=120)[0].splitlines()[-1])
     assert watch.returncode == 0, "it ends with the run"
-    assert (last["state"], last["phase"], last["resumes"]) == ("finished", "finished", 1) and last["env_steps"] >= 2000
+    assert (last["state"], last["phase"], last["resumes"]) == ("finished", "finished", 1) and last["env_steps"] >= 600
     assert set(last["scores"]) == {"data", "bc", "policy", "mpc"}
     assert "\n\nreturn" in status(str(run)).stdout
 
