@@ -133,13 +133,13 @@ def test_ctrl_c_detaches_and_cancel_saves(head):
     fetched = head.modip("jobs", "fetch", "long", "--without-checkpoints", "--to", "copy")
     assert fetched.returncode == 0 and (head.work / "copy" / "config.yaml").is_file(), fetched.stderr
     deadline = time.monotonic() + 240
-    while not any(row.get("updates", 0) > 0 for row in read_metrics(head.storage / "runs" / "long")):
+    while not any(row.get("env_steps", 0) > 0 for row in read_metrics(head.storage / "runs" / "long")):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     cancelled = head.modip("jobs", "cancel", "long")
     told = re.search(r"STOPPED; stopped at [\d,]+ environment steps.*with a checkpoint", cancelled.stdout)
     assert cancelled.returncode == 0 and told, cancelled.stdout
-    assert newest(head.storage / "runs" / "long" / "checkpoints").counters["updates"] > 0
+    assert newest(head.storage / "runs" / "long" / "checkpoints").counters["env_steps"] > 0
     assert head.modip("jobs", "cancel", "long").stdout.strip().endswith("is STOPPED already")
     assert not list(head.work.glob(".copy-*")), "nothing half fetched is left"
 
