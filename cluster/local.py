@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -28,7 +28,7 @@ from cluster.nodes import HEAD_TYPE, HOST, Node, kill_session, node_file, nodes_
 DEFAULT_STATE = Path("/tmp") / f"modip_cluster_{os.getuid()}"               # Ray's sockets need a short path
 WORKER_TYPE = "worker"
 WORKER_RESOURCES = {"CPU": 1.0, "rollout": 1.0}
-START_S = 90.0
+START_S = 240.0
 
 
 class ClusterError(RuntimeError):
@@ -158,16 +158,19 @@ class LocalCluster:
     def answers(self) -> bool:
         if not self.nodes():
             raise ClusterError(f"the head ended at once: {last_line(self.state / 'logs')}")
-        try:
-            return bool(self.ask("/api/version"))
-        except (URLError, TimeoutError, ConnectionError):
-            return False
+        return bool(self.ask("/api/version"))
 
-    def wait(self, what: str, ready, timeout_s: float = START_S) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not ready():
+    def wait(self, what: str, ready: Callable[[], bool], timeout_s: float = START_S) -> None:
+        """A dashboard that does not answer, or not in time, as a busy machine's, is asked again."""
+        deadline, why = time.monotonic() + timeout_s, ""
+        while True:
+            try:
+                if ready():
+                    return
+            except (URLError, TimeoutError, ConnectionError) as error:
+                why = f" (the dashboard: {error})"
             if time.monotonic() > deadline:
-                raise ClusterError(f"{self.state}: waited {timeout_s:g} s for {what}; its logs are in {self.state / 'logs'}")
+                raise ClusterError(f"{self.state}: waited {timeout_s:g} s for {what}{why}; its logs are in {self.state / 'logs'}")
             time.sleep(0.25)
 
 

@@ -45,10 +45,8 @@ def test_autoscaled_kill_replace_down():
         cluster.kill_node(before)
         psutil.wait_procs(processes, timeout=60)
         assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
-        deadline = time.monotonic() + 240
-        while not (cluster.workers() and cluster.workers()[0].id in {n["raylet"]["nodeId"] for n in cluster.joined()}):
-            assert time.monotonic() < deadline, "the autoscaler brought no other node"
-            time.sleep(0.25)
+        cluster.wait("another node, by the autoscaler",
+                     lambda: bool(cluster.workers()) and cluster.workers()[0].id in {n["raylet"]["nodeId"] for n in cluster.joined()})
         assert cluster.workers()[0].id != before.id
         sessions += [node.session for node in cluster.workers()]
     finally:
