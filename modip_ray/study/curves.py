@@ -1,4 +1,4 @@
-"""A study's learning curves: a picture a task, scores against environment steps and against the online phase's time, a colour a method."""
+"""A study's learning curves: a picture a task, scores against environment steps and against the online phase's time, a colour a method, a style a mode."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from modip_ray.config import Config
@@ -82,12 +83,13 @@ def over_seeds(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndar
 def draw(task: str, methods: Sequence[str], drawn: Mapping[tuple[str, str], Drawn]) -> Figure:
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    colors = {m: matplotlib.colormaps["tab10"](i % 10) for i, m in enumerate(methods)}
+    strong_then_light = [*range(0, 20, 2), *range(1, 20, 2)]                        # tab20 has them by turns
+    colors = {m: matplotlib.colormaps["tab20"](strong_then_light[i % 20]) for i, m in enumerate(methods)}
     for (method, mode), found in drawn.items():
         steps, score, band = over_seeds(found.seeds)
         for axes, x in ((left, steps), *(((right, steps * found.step_s / 60),) if found.step_s is not None else ())):
             axes.fill_between(x, band[:, 0], band[:, 1], color=colors[method], alpha=0.12, linewidth=0)
-            axes.plot(x, score, color=colors[method], linestyle=STYLES[mode], marker="o", markersize=3.5, linewidth=1.8, label=f"{method}, {NAMES[mode]}")
+            axes.plot(x, score, color=colors[method], linestyle=STYLES[mode], marker="o", markersize=3.5, linewidth=1.8)
     for axes, title in ((left, "environment steps"), (right, "minutes of the online phase")):
         axes.set_xlabel(title, color=MUTED)
         axes.grid(color=GRID, linewidth=0.7)
@@ -97,5 +99,7 @@ def draw(task: str, methods: Sequence[str], drawn: Mapping[tuple[str, str], Draw
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _, axes=axes: short_number(v, axes.get_xlim()[1])))
     left.set_ylabel(next(iter(drawn.values())).metric, color=MUTED)
     left.set_title(task, loc="left", color=INK, fontweight="bold")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9, handlelength=3.5)
+    lines = [Line2D([], [], color=INK, linestyle=STYLES[mode], label=NAMES[mode]) for mode in STYLES if any(mode == other for _, other in drawn)]
+    lines += [Line2D([], [], color=colors[m], linewidth=3.0, label=m) for m in methods if any(m == other for other, _ in drawn)]
+    figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=9, handlelength=3.0)
     return figure

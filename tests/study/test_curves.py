@@ -28,3 +28,15 @@ def test_time_is_drawn_of_what_has_finished_and_the_metric_is_named():
     drawn = {("a", "mpc"): Drawn([curve], 2.0, "success"), ("a", "policy"): Drawn([curve, curve], None, "success")}
     left, right = draw("lift", ["a"], drawn).axes
     assert left.get_ylabel() == "success" and len(left.lines) == 2 and [line.get_xdata().tolist() for line in right.lines] == [[0.0, 1.0]]
+
+
+def test_every_method_has_a_line_of_the_legend_and_a_colour_of_its_own():
+    methods = [f"method_{i}" for i in range(12)]
+    drawn = {(m, mode): Drawn([{0: (0, 1.0), 30: (30, 2.0)}], 1.0, "return") for m in methods for mode in ("mpc", "policy")}
+    figure = draw("hopper", methods, drawn)
+    handles = figure.legends[0].legend_handles
+    assert [handle.get_label() for handle in handles] == ["MPC-acting", "DP-only", *methods]
+    assert len({handle.get_color() for handle in handles[2:]}) == 12
+    assert [handle.get_color() for handle in handles[2:]] == [line.get_color() for line in figure.axes[0].lines[::2]]
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().height <= figure.bbox.height, "all of it is seen"
