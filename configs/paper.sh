@@ -7,7 +7,8 @@ set -euo pipefail
 # The main table, MODIP and BC (the column of the diffusion policy before fine-tuning); the paper's own numbers of its rivals stand beside ours.
 main() { modip study paper "$@"; }
 
-# Its rivals from the same start at the paper's budget, on the demonstrators that come with the package (MODIP's rows there, not those of main, compare with them): TD-MPC2, DPPO (as published and with ten times its clip range), PA-RL, DQL (both of its weights) and DSRL.
+# Its rivals from the same start at the paper's budget, on the demonstrators that come with the package: they compare with MODIP's rows there, not of main. TD-MPC2,
+# DPPO (as published and with ten times its clip range), PA-RL, DQL (both of its weights) and DSRL.
 rivals() { modip study rivals out=runs/studies/paper_rivals settings.online.env_steps=1000000 seeds='[0, 1, 2, 3, 4]' "$@"; }
 
 # The ablation table: full (policy only is its DP-only column), the tail Q(s, pi(s)) with the critic that belongs to it, the MLP prior, no offline phase.

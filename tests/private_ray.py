@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
-def surroundings(**variables: str) -> AbstractContextManager[None]:
+def surroundings() -> AbstractContextManager[None]:
     """Environment variables that Ray's processes inherit when they are started within."""
     from modip_ray.actors.cluster import NICENESS, environment
-    return environment({"OMP_NUM_THREADS": "1", **NICENESS, **variables})
+    return environment({"OMP_NUM_THREADS": "1", **NICENESS})
 
 
-@contextmanager
-def private_ray(num_cpus: int = 4, variables: dict[str, str] | None = None, **options) -> Iterator[None]:
-    """ray.init with these options; shut down when the block is left."""
-    import ray
-
-    from modip_ray.actors.cluster import start_private
-    with surroundings(**(variables or {})):
-        folder = start_private({"num_cpus": num_cpus, **QUIET, **options})
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+def private_ray(num_cpus: int = 4, variables: Mapping[str, str] | None = None, **options) -> AbstractContextManager[None]:
+    """As a run of its own has it, with these options of ray.init; shut down when the block is left."""
+    from modip_ray.actors.cluster import private_ray as private
+    return private({"OMP_NUM_THREADS": "1", **(variables or {})}, num_cpus=num_cpus, **QUIET, **options)

@@ -38,7 +38,7 @@ def test_every_group_measures_and_the_json_says_where(tmp_path, monkeypatch, cap
         assert row["value"] > 0 and row["unit"] and name in printed
         if row["reference"] is not None:
             assert row["ratio"] == pytest.approx(row["value"] / row["reference"]) and row["against"]
-    assert rows["planner.roofline"]["ratio"] < 1 and rows["replay.sample_vs_memcpy"]["ratio"] > 0
+    assert rows["planner.roofline"]["ratio"] < 1 and 0 < rows["replay.sample_vs_memcpy"]["ratio"] < 1.5
 
 
 def test_only_what_was_asked_for(capsys):

@@ -99,7 +99,8 @@ def draw(task: str, methods: Sequence[str], drawn: Mapping[tuple[str, str], Draw
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _, axes=axes: short_number(v, axes.get_xlim()[1])))
     left.set_ylabel(next(iter(drawn.values())).metric, color=MUTED)
     left.set_title(task, loc="left", color=INK, fontweight="bold")
-    lines = [Line2D([], [], color=INK, linestyle=STYLES[mode], label=NAMES[mode]) for mode in STYLES if any(mode == other for _, other in drawn)]
-    lines += [Line2D([], [], color=colors[m], linewidth=3.0, label=m) for m in methods if any(m == other for other, _ in drawn)]
+    shown, modes = map(set, zip(*drawn, strict=True))
+    lines = [Line2D([], [], color=INK, linestyle=STYLES[mode], label=NAMES[mode]) for mode in STYLES if mode in modes]
+    lines += [Line2D([], [], color=colors[method], linewidth=3.0, label=method) for method in methods if method in shown]
     figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=9, handlelength=3.0)
     return figure

@@ -15,6 +15,7 @@ from modip_ray.learning.build import build_spec
 from modip_ray.learning.checkpoint import begin, commit
 from modip_ray.learning.system import Setup
 from modip_ray.tasks.collect import collect
+from tests.advance import PATIENCE_S, advance_until
 from tests.fakes import STEPS, Noisy, PointEnv, small
 from tests.private_ray import QUIET, surroundings
 
@@ -56,17 +57,6 @@ def setup(slow=Path("/no/such/file"), **dotted) -> Setup:
     return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, partial(SlowPoint, slow))
 
 
-def advance_until(system, ready, phase="online", patience_s=240.0):
-    """The incidents on the way, and the last status."""
-    deadline, incidents = time.monotonic() + patience_s, []
-    while True:
-        status = system.advance(phase, 0.3, until=10**9)
-        incidents += status.incidents
-        if ready(status):
-            return status, incidents
-        assert time.monotonic() < deadline, (status, incidents, system.gauges())
-
-
 def rows_planned(system) -> list[int]:
     return [status["totals"][1] for status in ray.get([planner.status.remote() for planner in system.planners])]
 
@@ -91,21 +81,21 @@ def run(nodes, tmp_path_factory):
     s = setup(slow, online__env_steps=1500)
     system, facts = RaySystem(s), {}
     facts["unseen"] = error_of_another_disk(system, tmp_path_factory.mktemp("folder"))
-    facts["pretrained"], _ = advance_until(system, lambda status: status.done, "pretrain")
+    facts["pretrained"], _ = advance_until(system, "pretrain")
     system.freeze_bc()
-    advance_until(system, lambda _: system.pool is not None and len(system.pool.members) == 1)
+    advance_until(system, "online", lambda *_: system.pool is not None and len(system.pool.members) == 1)
     with surroundings():
         more = nodes.add_node(num_cpus=2, resources={"rollout": 2})
-    _, facts["joining"] = advance_until(system, lambda _: len(system.pool.members) == 3)
+    _, facts["joining"] = advance_until(system, "online", lambda *_: len(system.pool.members) == 3)
     slow.unlink()
     at = system.env_steps
-    advance_until(system, lambda _: system.env_steps > at + 250 and min(rows_planned(system)) >= 50)
+    advance_until(system, "online", lambda *_: system.env_steps > at + 250 and min(rows_planned(system)) >= 50)
     slow.touch()
     facts["three"] = system.gauges()
     nodes.remove_node(more, allow_graceful=False)
-    _, facts["leaving"] = advance_until(system, lambda _: len(system.pool.members) == 1)
+    _, facts["leaving"] = advance_until(system, "online", lambda *_: len(system.pool.members) == 1)
     slow.unlink()
-    facts["online"], _ = advance_until(system, lambda status: status.done)
+    facts["online"], _ = advance_until(system)
     facts["gauges"], facts["replay"] = system.gauges(), system.replay_status()
     facts["shards"] = [ray.get(replay.status.remote()) for replay in system.replays]
     facts["planned"] = rows_planned(system)
@@ -118,7 +108,7 @@ def run(nodes, tmp_path_factory):
     return facts
 
 
-def actors_alive(patience_s=90.0) -> list[str]:
+def actors_alive(patience_s=PATIENCE_S) -> list[str]:
     """Names of the actors that Ray still has, once there are none or patience ends: a kill takes a moment."""
     from ray._private import state
     deadline = time.monotonic() + patience_s
@@ -165,7 +155,7 @@ def test_a_sharded_run_resumes_where_it_was(run, nodes):
     for stream, learner in system.learners.items():
         assert np.array_equal(ray.get(learner.weights.remote()), run["weights"][stream])
     assert system.env_steps == run["replay"]["env_steps"] and system.counts["model"] == run["online"].updates
-    status, _ = advance_until(system, lambda status: status.done)
+    status, _ = advance_until(system)
     assert status.env_steps >= 1600 and status.updates == system.replay_status()["allowed"]["model"] > run["online"].updates
     system.close()
 

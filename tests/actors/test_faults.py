@@ -16,10 +16,10 @@ from modip_ray.learning.replay_server import SEGMENT
 from modip_ray.learning.segment import decode
 from modip_ray.learning.system import Setup
 from modip_ray.tasks.collect import collect
+from tests.advance import PATIENCE_S
 from tests.fakes import STEPS, Noisy, PointEnv, small
 
 pytestmark = pytest.mark.ray
-PATIENCE_S = 240.0
 ROLES = {"planner": "the planner", "learner_model": "the model learner", "learner_policy": "the policy learner", "replay": "the replay",
          "store": "the weight store", "evaluator": "evaluator 0"}
 
@@ -97,9 +97,10 @@ def run(tmp_path_factory):
     return facts
 
 
-def test_each_role_is_missed_and_serves_again(run):
+def test_each_role_serves_again_within_a_minute(run):
+    """20 seconds are promised, and measured by tests/chaos; here other tests run beside."""
     assert set(run["seconds"]) == {*ROLES, "planner stopped", "rollout stopped"}
-    assert all(0 < seconds < PATIENCE_S for seconds in run["seconds"].values()), run["seconds"]
+    assert all(seconds < 60 for seconds in run["seconds"].values()), run["seconds"]
 
 
 def test_every_acknowledged_segment_is_stored_once_and_the_run_ends_as_it_should(run):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from modip_ray.learning.checkpoint import begin, commit, newest
 from modip_ray.learning.serial import SerialSystem
 from modip_ray.learning.system import Setup
 from modip_ray.tasks.collect import collect
+from tests.advance import advance_until
 from tests.fakes import STEPS, Noisy, PointEnv, small
 
 pytestmark = pytest.mark.ray
-PATIENCE_S = 240.0
 OFFLINE = 20
 
 
@@ -28,17 +27,9 @@ def setup(folder=None, **dotted) -> Setup:
     return Setup(cfg, build_spec(cfg, episodes, -np.ones(2), np.ones(2)), episodes, PointEnv, folder=folder)
 
 
-def until(system, ready, phase="online"):
-    deadline, incidents = time.monotonic() + PATIENCE_S, []
-    while not ready(incidents):
-        incidents += system.advance(phase, 0.2, until=10**9).incidents
-        assert time.monotonic() < deadline, [*incidents, system.counts, system.processes()]
-    return incidents
-
-
 def ahead(system, updates):
     counts = dict(system.counts)
-    return lambda _: all(system.counts[s] >= n + updates for s, n in counts.items())
+    return lambda *_: all(system.counts[s] >= n + updates for s, n in counts.items())
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +38,16 @@ def run(tmp_path_factory):
     folder, facts = tmp_path_factory.mktemp("run"), {}
     system = RaySystem(setup(folder, resources__learner_replicas=2))
     try:
-        until(system, lambda _: system.counts == {"model": OFFLINE, "policy": OFFLINE}, "pretrain")
+        advance_until(system, "pretrain", lambda *_: system.counts == {"model": OFFLINE, "policy": OFFLINE})
         system.freeze_bc()
         facts["offline"] = {s: ray.get(learner.weights.remote()) for s, learner in system.learners.items()}
-        until(system, ahead(system, 10))
-        until(system, lambda _: all(len(system.processes().get(f"learner_{s}", [])) == 2 for s in ("model", "policy")))
+        advance_until(system, "online", ahead(system, 10))
+        advance_until(system, "online", lambda *_: all(len(system.processes().get(f"learner_{s}", [])) == 2 for s in ("model", "policy")))
         facts["processes"] = system.processes()
         os.kill(facts["processes"]["learner_model"][1], signal.SIGKILL)
-        facts["incidents"] = until(system, lambda found: any("the model learner died; it serves again" in line for line in found))
-        until(system, ahead(system, 10))
-        until(system, lambda _: len(system.processes().get("learner_model", [])) == 2)
+        _, facts["incidents"] = advance_until(system, "online", lambda _, found: any("the model learner died; it serves again" in line for line in found))
+        advance_until(system, "online", ahead(system, 10))
+        advance_until(system, "online", lambda *_: len(system.processes().get("learner_model", [])) == 2)
         facts["processes after"], facts["gauges"] = system.processes(), system.gauges()
         part = begin(folder / "checkpoints")
         facts["saved"] = system.save(part)

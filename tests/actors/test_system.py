@@ -19,6 +19,7 @@ from modip_ray.learning.serial import SerialSystem
 from modip_ray.learning.system import Setup
 from modip_ray.tasks.collect import collect
 from modip_ray.tasks.envs import EnvError
+from tests.advance import PATIENCE_S, advance_until
 from tests.fakes import STEPS, Noisy, PointEnv, small
 from tests.private_ray import private_ray
 
@@ -47,17 +48,6 @@ def local_env_class(slow):
     return Local
 
 
-def finish(system, phase, ready=lambda status, incidents: status.done):
-    """The first status with which `ready` holds, and the incidents until then."""
-    deadline, incidents = time.monotonic() + 240, []
-    while True:
-        status = system.advance(phase, 1.0, until=10**9)
-        incidents += status.incidents
-        if ready(status, incidents):
-            return status, incidents
-        assert time.monotonic() < deadline, f"{phase} did not end: {status}, {incidents}"
-
-
 def error_of_an_environment(system) -> EnvError:
     """What the driver raises where the environments of the same planners, learners and replay fail."""
     class Broken(PointEnv):
@@ -68,7 +58,7 @@ def error_of_an_environment(system) -> EnvError:
     system.cfg = cfg.replace({"online.env_steps": 2 * STEPS_ONLINE})
     system.pool, system.setup = None, dataclasses.replace(setup, cfg=system.cfg, env_factory=Broken)
     with pytest.raises(EnvError) as error:
-        finish(system, "online")
+        advance_until(system, "online")
     system.cfg, system.setup = cfg, setup
     return error.value
 
@@ -82,18 +72,18 @@ def run(cluster, tmp_path_factory):
     s = setup(slow, resources__planner_gpus=0.5, planner__weights_every_s=0.05)
     system = RaySystem(s)
     system.cluster.cpus = lambda: 1                                                 # one evaluator; that several share the jobs, tests/e2e/test_run.py shows
-    pretrained, _ = finish(system, "pretrain")
+    pretrained, _ = advance_until(system, "pretrain")
     system.freeze_bc()
     facts = {"setup": s, "pretrained": pretrained, "bc": system.bc}
     facts["offline"] = {stream: ray.get(learner.weights.remote()) for stream, learner in system.learners.items()}
-    finish(system, "online", lambda status, _: status.env_steps >= 20)
+    advance_until(system, "online", lambda status, _: status.env_steps >= 20)
     facts["modules"] = ray.get(system.pool.members[0].actor.modules.remote())
-    finish(system, "online", lambda *_: "rollout" in system.processes())
+    advance_until(system, "online", lambda *_: "rollout" in system.processes())
     facts["processes"] = system.processes()
     os.kill(facts["processes"]["rollout"][0], signal.SIGKILL)
-    _, before = finish(system, "online", lambda _, incidents: any("rollout worker 0 joined" in line for line in incidents))
+    _, before = advance_until(system, "online", lambda _, incidents: any("rollout worker 0 joined" in line for line in incidents))
     slow.unlink()
-    facts["online"], after = finish(system, "online")
+    facts["online"], after = advance_until(system, "online")
     facts["incidents"] = before + after
     facts["planner"] = ray.get(system.planners[0].status.remote())
     facts["gauges"] = system.gauges()
@@ -109,7 +99,7 @@ def run(cluster, tmp_path_factory):
 def test_offline_training_equals_the_serial_one_bit_for_bit(run):
     """Two learner processes fed through the replay actor end with the weights of the serial loop."""
     serial = SerialSystem(run["setup"])
-    finish(serial, "pretrain")
+    advance_until(serial, "pretrain")
     serial.freeze_bc()
     assert np.array_equal(serial.bc, run["bc"])
     for stream, weights in run["offline"].items():
@@ -119,13 +109,13 @@ def test_offline_training_equals_the_serial_one_bit_for_bit(run):
 
 def wait_for_another(store, before: str) -> None:
     """Killing takes a moment, and so does beginning anew; until then the store answers as before, or not at all."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         with contextlib.suppress(ray.exceptions.RayActorError):
             if ray.get(store.pulse.remote(), timeout=120).incarnation != before:
                 return
         time.sleep(0.05)
-    raise AssertionError("the store did not begin anew within 60 s")
+    raise AssertionError(f"the store did not begin anew within {PATIENCE_S:g} s")
 
 
 def test_learners_do_not_wait_for_each_other_in_a_store_that_began_anew(cluster):
